@@ -1,0 +1,158 @@
+/* lococo.h - the C interface of the lococo runtime: constant-memory decoding with a LoCoCo slot cache.
+ *
+ * Ownership      Every *_open / *_create / *_clone gives an opaque handle that the caller destroys with the matching
+ *                *_close / *_destroy exactly once; destroying NULL is a no-op. A model must outlive its sessions.
+ *                Strings and arrays passed in are copied before the call returns. Pointers handed out belong to the
+ *                handle they came from and stay valid until the next call on that handle, unless said otherwise.
+ * Errors         Every function that can fail returns a lococo_status; results come through the last parameters, which
+ *                are written only on LOCOCO_OK. lococo_last_error() explains the last failure of the calling thread.
+ *                A failed call leaves the session as it was, except that LOCOCO_ERROR_BACKEND out of prefill, step or
+ *                generate marks the session dead: every later call but reset, state_set, load and destroy is refused.
+ * Threads        A model may be used from many threads at once. A session belongs to one thread at a time: a second
+ *                concurrent call on it is refused with LOCOCO_ERROR_BUSY and changes nothing.
+ * Determinism    The same bundle, backend, thread count, tokens and seed give the same bits.
+ */
+#ifndef LOCOCO_H
+#define LOCOCO_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define LOCOCO_API __declspec(dllexport)
+#else
+#define LOCOCO_API __attribute__((visibility("default")))
+#endif
+
+/* Raised whenever a signature or a struct below changes; a client compares it with lococo_abi_version(). */
+#define LOCOCO_ABI_VERSION 1
+
+typedef struct lococo_model lococo_model;     /* an opened bundle: weights and graphs, shared by its sessions */
+typedef struct lococo_session lococo_session; /* one sequence: slots, cursor, last logits */
+
+typedef enum lococo_status {
+  LOCOCO_OK = 0,
+  LOCOCO_ERROR_INVALID_ARGUMENT = 1, /* a value the caller can correct: token id out of range, empty prompt, ... */
+  LOCOCO_ERROR_NOT_FOUND = 2,        /* a file, folder or library that is not there */
+  LOCOCO_ERROR_CORRUPT = 3,          /* truncated, wrong sha256, malformed JSON, inconsistent manifest */
+  LOCOCO_ERROR_VERSION = 4,          /* a schema version this library does not know */
+  LOCOCO_ERROR_UNSUPPORTED = 5,      /* a device, backend or dtype that is not available here */
+  LOCOCO_ERROR_STATE_MISMATCH = 6,   /* a state of another bundle */
+  LOCOCO_ERROR_BUSY = 7,             /* the session is in use by another thread */
+  LOCOCO_ERROR_DEAD = 8,             /* an earlier backend error left the session unusable: reset or load it */
+  LOCOCO_ERROR_IO = 9,               /* the operating system refused a read or a write */
+  LOCOCO_ERROR_NO_SPACE = 10,        /* the disk is full */
+  LOCOCO_ERROR_OUT_OF_MEMORY = 11,
+  LOCOCO_ERROR_BACKEND = 12,  /* ONNX Runtime (or another backend) failed; the message carries its text */
+  LOCOCO_ERROR_INTERNAL = 13, /* a defect of this library */
+} lococo_status;
+
+/* Zero-initialise, set struct_size = sizeof(lococo_options), then what you need. NULL and 0 mean the default. */
+typedef struct lococo_options {
+  size_t struct_size;
+  const char* device;          /* "cpu" (default) */
+  const char* backend;         /* "onnxruntime" (default) */
+  const char* backend_library; /* path of libonnxruntime; default: $LOCOCO_ONNXRUNTIME, then the loader's search path */
+  int32_t num_threads;         /* intra-op threads; 0 = one per physical core. The first model opened decides for the process */
+  int32_t skip_hashes;         /* 1 = check file sizes only, not their sha256 */
+} lococo_options;
+
+typedef struct lococo_model_info {
+  size_t struct_size;
+  int32_t vocab_size;
+  int32_t num_layers;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t mem_size;          /* M: slots left by a fusion */
+  int32_t capacity;          /* M + buffer: the most slots that are live between calls */
+  int32_t block_size;        /* B: the most tokens of one forward */
+  uint64_t state_bytes;      /* bytes of one state: what state_get writes, less its header */
+  uint64_t session_bytes;    /* all memory a session allocates itself, buffers for one forward included */
+  const char* bundle_id;     /* 64 hex digits */
+  const char* dtype;         /* "float32", "float16", "bfloat16" */
+} lococo_model_info;
+
+/* Zero-initialise, set struct_size, then what you need: all zero is greedy decoding. */
+typedef struct lococo_sampling_params {
+  size_t struct_size;
+  float temperature; /* 0 = greedy (arg max, lowest id on a tie) */
+  int32_t top_k;     /* keep the k likeliest; 0 = all */
+  float top_p;       /* then keep the likeliest until their probability reaches top_p; 0 or 1 = all */
+  uint64_t seed;     /* a draw depends on the logits, the seed and the absolute position alone */
+} lococo_sampling_params;
+
+typedef enum lococo_log_level { LOCOCO_LOG_INFO = 0, LOCOCO_LOG_WARNING = 1, LOCOCO_LOG_ERROR = 2 } lococo_log_level;
+typedef void (*lococo_log_fn)(lococo_log_level level, const char* message, void* user);
+
+/* Called for every generated token, end-of-sequence tokens included; return non-zero to stop. */
+typedef int (*lococo_token_fn)(int32_t token_id, void* user);
+
+/* --- library ----------------------------------------------------------------------------------------------------- */
+
+LOCOCO_API int32_t lococo_abi_version(void);
+LOCOCO_API const char* lococo_version(void); /* "0.1.0", static */
+/* The calling thread's last error text, "" if none; valid until that thread's next failing call. */
+LOCOCO_API const char* lococo_last_error(void);
+/* One callback for the process; NULL silences (the default). May be called from any thread that calls in. */
+LOCOCO_API void lococo_set_log_callback(lococo_log_fn fn, void* user);
+
+/* --- model ------------------------------------------------------------------------------------------------------- */
+
+/* Opens and checks a bundle directory. options may be NULL. */
+LOCOCO_API lococo_status lococo_model_open(const char* bundle_dir, const lococo_options* options, lococo_model** out);
+LOCOCO_API void lococo_model_close(lococo_model* model);
+/* Set info->struct_size first. Strings live as long as the model. */
+LOCOCO_API lococo_status lococo_model_get_info(const lococo_model* model, lococo_model_info* info);
+
+/* --- session ----------------------------------------------------------------------------------------------------- */
+
+LOCOCO_API lococo_status lococo_session_create(lococo_model* model, lococo_session** out);
+LOCOCO_API void lococo_session_destroy(lococo_session* session);
+/* Back to an empty cache at position 0; revives a dead session. */
+LOCOCO_API lococo_status lococo_session_reset(lococo_session* session);
+/* A second session of the same model in the same state. */
+LOCOCO_API lococo_status lococo_session_clone(lococo_session* session, lococo_session** out);
+
+/* Reads ids[0..n), n >= 1, in forwards of at most block_size tokens from the current position on.
+ * all_logits: NULL, or room for n * vocab_size floats, row-major (n, vocab_size). All ids are checked first. */
+LOCOCO_API lococo_status lococo_session_prefill(lococo_session* session, const int32_t* ids, size_t n,
+                                                float* all_logits);
+/* Reads one token in a forward of one. */
+LOCOCO_API lococo_status lococo_session_step(lococo_session* session, int32_t id);
+/* The logits after the last token read, (vocab_size) floats; refused on an empty session. */
+LOCOCO_API lococo_status lococo_session_logits(lococo_session* session, const float** logits);
+/* Chooses a token from the current logits; changes nothing. params NULL = greedy. */
+LOCOCO_API lococo_status lococo_session_sample(lococo_session* session, const lococo_sampling_params* params,
+                                               int32_t* id);
+/* Samples and steps until max_tokens tokens, an end-of-sequence token, or a non-zero return of on_token (may be NULL).
+ * The last token sampled has not been read yet: step it, or prefill it with the next text. num_generated may be NULL. */
+LOCOCO_API lococo_status lococo_session_generate(lococo_session* session, const lococo_sampling_params* params,
+                                                 int32_t max_tokens, lococo_token_fn on_token, void* user,
+                                                 int32_t* num_generated);
+/* Tokens read so far, P. */
+LOCOCO_API lococo_status lococo_session_position(lococo_session* session, int64_t* position);
+/* Slots in use now, at most capacity. */
+LOCOCO_API lococo_status lococo_session_live_slots(lococo_session* session, int32_t* live_slots);
+/* Forwards of one token and of more, and fusions, since create, reset or load. Any pointer may be NULL. */
+LOCOCO_API lococo_status lococo_session_counters(lococo_session* session, int64_t* steps, int64_t* blocks,
+                                                 int64_t* fusions);
+
+/* --- state: constant size, at any position ------------------------------------------------------------------------ */
+
+/* Bytes that state_get writes and a state file holds: header and state_bytes. */
+LOCOCO_API lococo_status lococo_session_state_size(lococo_session* session, size_t* size);
+LOCOCO_API lococo_status lococo_session_state_get(lococo_session* session, void* buffer, size_t size);
+/* Checked whole (magic, schema version, bundle, size, checksum, lengths) before anything changes. */
+LOCOCO_API lococo_status lococo_session_state_set(lococo_session* session, const void* buffer, size_t size);
+/* Written beside path, fsynced, renamed: path holds the old file or the new one, never half of one. */
+LOCOCO_API lococo_status lococo_session_save(lococo_session* session, const char* path);
+LOCOCO_API lococo_status lococo_session_load(lococo_session* session, const char* path);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,1 @@
+"""Runs lococo bundles: numpy and the standard library over our C library."""
