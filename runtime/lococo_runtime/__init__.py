@@ -1,1 +1,61 @@
-"""Runs lococo bundles: numpy and the standard library over our C library."""
+"""Runs lococo bundles: numpy and the standard library over our C library.
+
+`Session` appends tokens and reads logits; `LLM` adds text; `Model` shares weights between sessions.
+"""
+
+from ._exceptions import (
+    BackendError,
+    BusyError,
+    CheckpointError,
+    ClosedError,
+    ConfigError,
+    CorruptError,
+    DeadSessionError,
+    InternalError,
+    InvalidArgumentError,
+    LococoError,
+    NoSpaceError,
+    NotFoundError,
+    OutOfMemoryError,
+    StateMismatchError,
+    StorageError,
+    TargetExistsError,
+    UnsupportedError,
+    UnsupportedModelError,
+    VerificationError,
+    VersionError,
+)
+from .bundle import LococoConfig, Manifest, read_manifest
+from .llm import LLM, CompletionOutput
+from .session import Model, SamplingParams, Session
+
+__all__ = [
+    "LLM",
+    "BackendError",
+    "BusyError",
+    "CheckpointError",
+    "ClosedError",
+    "CompletionOutput",
+    "ConfigError",
+    "CorruptError",
+    "DeadSessionError",
+    "InternalError",
+    "InvalidArgumentError",
+    "LococoConfig",
+    "LococoError",
+    "Manifest",
+    "Model",
+    "NoSpaceError",
+    "NotFoundError",
+    "OutOfMemoryError",
+    "SamplingParams",
+    "Session",
+    "StateMismatchError",
+    "StorageError",
+    "TargetExistsError",
+    "UnsupportedError",
+    "UnsupportedModelError",
+    "VerificationError",
+    "VersionError",
+    "read_manifest",
+]

@@ -1,0 +1,179 @@
+"""The C library: found, loaded, version-checked; one ctypes signature per prototype of include/lococo.h."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from . import _exceptions as errors
+
+ABI_VERSION = 1
+
+# lococo_status -> exception
+_ERRORS: dict[int, type[errors.LococoError]] = {
+    1: errors.InvalidArgumentError,
+    2: errors.NotFoundError,
+    3: errors.CorruptError,
+    4: errors.VersionError,
+    5: errors.UnsupportedError,
+    6: errors.StateMismatchError,
+    7: errors.BusyError,
+    8: errors.DeadSessionError,
+    9: errors.StorageError,
+    10: errors.NoSpaceError,
+    11: errors.OutOfMemoryError,
+    12: errors.BackendError,
+    13: errors.InternalError,
+}
+
+
+class Options(ctypes.Structure):
+    """lococo_options"""
+
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("device", c_char_p),
+        ("backend", c_char_p),
+        ("backend_library", c_char_p),
+        ("num_threads", c_int32),
+        ("skip_hashes", c_int32),
+    )
+
+
+class ModelInfo(ctypes.Structure):
+    """lococo_model_info"""
+
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("vocab_size", c_int32),
+        ("num_layers", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("mem_size", c_int32),
+        ("capacity", c_int32),
+        ("block_size", c_int32),
+        ("state_bytes", c_uint64),
+        ("session_bytes", c_uint64),
+        ("bundle_id", c_char_p),
+        ("dtype", c_char_p),
+    )
+
+
+class CSamplingParams(ctypes.Structure):
+    """lococo_sampling_params"""
+
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("temperature", c_float),
+        ("top_k", c_int32),
+        ("top_p", c_float),
+        ("seed", c_uint64),
+    )
+
+
+LogFn = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+TokenFn = ctypes.CFUNCTYPE(c_int, c_int32, c_void_p)
+
+_FLOATS, _IDS = POINTER(c_float), POINTER(c_int32)
+
+# name: (restype, argtypes); a restype of c_int is a lococo_status and is checked by `call`
+_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "lococo_abi_version": (c_int32, ()),
+    "lococo_version": (c_char_p, ()),
+    "lococo_last_error": (c_char_p, ()),
+    "lococo_set_log_callback": (None, (LogFn, c_void_p)),
+    "lococo_model_open": (c_int, (c_char_p, POINTER(Options), POINTER(c_void_p))),
+    "lococo_model_close": (None, (c_void_p,)),
+    "lococo_model_get_info": (c_int, (c_void_p, POINTER(ModelInfo))),
+    "lococo_session_create": (c_int, (c_void_p, POINTER(c_void_p))),
+    "lococo_session_destroy": (None, (c_void_p,)),
+    "lococo_session_reset": (c_int, (c_void_p,)),
+    "lococo_session_clone": (c_int, (c_void_p, POINTER(c_void_p))),
+    "lococo_session_prefill": (c_int, (c_void_p, _IDS, c_size_t, _FLOATS)),
+    "lococo_session_step": (c_int, (c_void_p, c_int32)),
+    "lococo_session_logits": (c_int, (c_void_p, POINTER(_FLOATS))),
+    "lococo_session_sample": (c_int, (c_void_p, POINTER(CSamplingParams), _IDS)),
+    "lococo_session_generate": (
+        c_int,
+        (c_void_p, POINTER(CSamplingParams), c_int32, TokenFn, c_void_p, POINTER(c_int32)),
+    ),
+    "lococo_session_position": (c_int, (c_void_p, POINTER(c_int64))),
+    "lococo_session_live_slots": (c_int, (c_void_p, POINTER(c_int32))),
+    "lococo_session_counters": (c_int, (c_void_p, POINTER(c_int64), POINTER(c_int64), POINTER(c_int64))),
+    "lococo_session_state_size": (c_int, (c_void_p, POINTER(c_size_t))),
+    "lococo_session_state_get": (c_int, (c_void_p, c_void_p, c_size_t)),
+    "lococo_session_state_set": (c_int, (c_void_p, c_void_p, c_size_t)),
+    "lococo_session_save": (c_int, (c_void_p, c_char_p)),
+    "lococo_session_load": (c_int, (c_void_p, c_char_p)),
+}
+
+
+def library_path() -> Path:
+    """Where the C library is: $LOCOCO_LIBRARY, or beside this package.
+
+    Raises:
+        NotFoundError: listing every path that was tried.
+    """
+    name = {"darwin": "liblococo.dylib", "win32": "lococo.dll"}.get(sys.platform, "liblococo.so")
+    # an editable install leaves the sources in place and the library in site-packages
+    spec = importlib.util.find_spec("lococo_runtime")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    tried = [Path(p) / name for p in dict.fromkeys([str(Path(__file__).parent), *folders])]
+    if explicit := os.environ.get("LOCOCO_LIBRARY"):
+        tried = [Path(explicit)]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise errors.NotFoundError(
+        "the lococo C library was not found; tried "
+        + ", ".join(map(str, tried))
+        + "; install the package with pip, or point LOCOCO_LIBRARY to it"
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library, with signatures declared.
+
+    Raises:
+        NotFoundError: see `library_path`.
+        VersionError: a library of another ABI.
+    """
+    path = library_path()
+    lib = ctypes.CDLL(str(path))
+    for name, (restype, argtypes) in _PROTOTYPES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+    found = lib.lococo_abi_version()
+    if found != ABI_VERSION:
+        raise errors.VersionError(
+            f"{path}: ABI version: expected {ABI_VERSION}, got {found}; reinstall lococo-export so that both match"
+        )
+    return lib
+
+
+def call(name: str, *args: Any) -> None:
+    """Calls a function that returns a status and raises the exception that belongs to it."""
+    lib = library()
+    status = getattr(lib, name)(*args)
+    if status:
+        text = lib.lococo_last_error().decode("utf-8", "replace")
+        raise _ERRORS.get(status, errors.InternalError)(text or f"{name} failed with status {status}")
+
+
+def find_onnxruntime() -> str | None:
+    """libonnxruntime of the installed onnxruntime wheel, without importing it; None leaves the search to the library."""
+    spec = importlib.util.find_spec("onnxruntime")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        found = sorted(Path(folder, "capi").glob("libonnxruntime.so*")) or sorted(
+            Path(folder, "capi").glob("libonnxruntime*.dylib")
+        )
+        if found:
+            return str(found[-1])
+    return None

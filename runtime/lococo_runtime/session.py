@@ -1,0 +1,323 @@
+"""One sequence over a fixed number of slots."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _c_api as c
+from ._exceptions import ClosedError, InvalidArgumentError
+from .bundle import Manifest, read_manifest
+
+TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. All defaults: greedy.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 keep every token; the same seed gives the same tokens, because a draw
+    depends on the logits, the seed and the absolute position alone.
+
+    Raises:
+        InvalidArgumentError: max_tokens below 0, and by the C core: temperature, top_k or top_p out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int = 128
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "seed", "max_tokens"):
+            if not isinstance(getattr(self, name), int):
+                raise InvalidArgumentError(f"{name}: expected an integer, got {getattr(self, name)!r}")
+        if not 0 <= self.max_tokens < 2**31:
+            raise InvalidArgumentError(f"max_tokens: expected 0 to 2^31-1, got {self.max_tokens}")
+        if not 0 <= self.seed < 2**64:
+            raise InvalidArgumentError(f"seed: expected 0 to 2^64-1, got {self.seed}")
+        if not -(2**31) <= self.top_k < 2**31:
+            raise InvalidArgumentError(f"top_k: expected 0 to 2^31-1, got {self.top_k}")
+
+    def to_c(self) -> c.CSamplingParams:
+        """The C struct."""
+        return c.CSamplingParams(
+            ctypes.sizeof(c.CSamplingParams), self.temperature, self.top_k, self.top_p, self.seed
+        )
+
+
+class Model:
+    """An opened bundle, shared by its sessions. Usable as a context manager.
+
+    Args:
+        bundle: the directory that lococo-export made.
+        device: "cpu".
+        backend: "onnxruntime".
+        num_threads: 0 takes one per physical core; the first model opened decides for the process.
+        verify: check every file's sha256, not only its size.
+        backend_library: path of libonnxruntime; the installed onnxruntime package's by default.
+
+    Raises:
+        NotFoundError, CorruptError, VersionError: the bundle is not there, damaged, or of another schema.
+        UnsupportedError: a device, backend or dtype that is not available here.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        backend: str = "onnxruntime",
+        num_threads: int = 0,
+        verify: bool = True,
+        backend_library: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._handle = ctypes.c_void_p()
+        path = os.fspath(bundle)
+        self.manifest: Manifest = read_manifest(path)
+        found = os.fspath(backend_library) if backend_library is not None else c.find_onnxruntime()
+        options = c.Options(
+            ctypes.sizeof(c.Options),
+            device.encode(),
+            backend.encode(),
+            None if found is None else os.fsencode(found),
+            num_threads,
+            0 if verify else 1,
+        )
+        c.call("lococo_model_open", os.fsencode(path), ctypes.byref(options), ctypes.byref(self._handle))
+        info = c.ModelInfo(ctypes.sizeof(c.ModelInfo))
+        c.call("lococo_model_get_info", self._handle, ctypes.byref(info))
+        self.vocab_size: int = info.vocab_size
+        self.state_bytes: int = info.state_bytes
+        self.session_bytes: int = info.session_bytes
+        self._lock = threading.Lock()
+        self._open_sessions = 0
+        self._closing = False
+
+    def session(self) -> Session:
+        """A new, empty session that shares this model's weights."""
+        return Session(self)
+
+    def close(self) -> None:
+        """Frees the weights, once the last session is closed."""
+        self._closing = True
+        self._count(0)
+
+    def _count(self, change: int) -> None:
+        """Counts open sessions; the last one to go frees a closed model."""
+        with self._lock:
+            self._open_sessions += change
+            if self._closing and self._handle and self._open_sessions == 0:
+                c.library().lococo_model_close(self._handle)
+                self._handle = ctypes.c_void_p()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+
+class Session:
+    """One sequence: append tokens, read logits, save and restore. A context manager; one thread at a time.
+
+    Args:
+        bundle: a bundle directory, or an opened `Model` to share its weights.
+        device, **options: as `Model`, when `bundle` is a directory.
+
+    Raises:
+        see `Model`.
+    """
+
+    def __init__(self, bundle: str | os.PathLike[str] | Model, device: str = "cpu", **options: Any) -> None:
+        self._handle = ctypes.c_void_p()
+        self._owns_model = not isinstance(bundle, Model)
+        self.model = bundle if isinstance(bundle, Model) else Model(bundle, device=device, **options)
+        if not self.model._handle or self.model._closing:
+            raise ClosedError("the model is closed; open it again before making sessions")
+        c.call("lococo_session_create", self.model._handle, ctypes.byref(self._handle))
+        self.model._count(+1)
+
+    # --- reading and writing tokens ----------------------------------------------------------------------------------
+
+    def prefill(self, ids: TokenIds, return_all: bool = False) -> Logits:
+        """Reads `ids` (T) in forwards of at most block_size tokens, from the current position on.
+
+        Returns:
+            float32 logits after the last token, (V); with `return_all` after every token, (T, V).
+
+        Raises:
+            InvalidArgumentError: no ids, or an id outside the vocabulary; nothing has been read then.
+            BusyError, ClosedError, DeadSessionError, BackendError.
+        """
+        array = _as_ids(ids)
+        out = np.empty((array.size, self.model.vocab_size), np.float32) if return_all else None
+        c.call(
+            "lococo_session_prefill",
+            self._open(),
+            array.ctypes.data_as(c._IDS),
+            array.size,
+            None if out is None else out.ctypes.data_as(c._FLOATS),
+        )
+        return self.logits() if out is None else out
+
+    def step(self, token_id: int) -> Logits:
+        """Reads one token in a forward of one and returns the float32 logits after it, (V). Raises as `prefill`."""
+        c.call("lococo_session_step", self._open(), int(_as_ids([token_id])[0]))
+        return self.logits()
+
+    def logits(self) -> Logits:
+        """A copy of the float32 logits after the last token read, (V). Raises InvalidArgumentError when empty."""
+        pointer = c._FLOATS()
+        c.call("lococo_session_logits", self._open(), ctypes.byref(pointer))
+        return np.ctypeslib.as_array(pointer, (self.model.vocab_size,)).copy()
+
+    def sample(self, params: SamplingParams | None = None) -> int:
+        """Chooses a token from the current logits; reads nothing."""
+        token = ctypes.c_int32()
+        native = (params or SamplingParams()).to_c()
+        c.call("lococo_session_sample", self._open(), ctypes.byref(native), ctypes.byref(token))
+        return token.value
+
+    def generate(self, ids: TokenIds, params: SamplingParams | None = None) -> Iterator[int]:
+        """Reads `ids` (may be empty to go on), then yields sampled token ids until max_tokens or end of sequence.
+
+        The end-of-sequence token is yielded too. The last token yielded has not been read into the cache: pass it at
+        the head of the next `ids`.
+        """
+        params = params or SamplingParams()
+        if len(ids):
+            self.prefill(ids)
+        return self._generate(params)
+
+    def _generate(self, params: SamplingParams) -> Iterator[int]:
+        stop = () if params.ignore_eos else self.model.manifest.model.eos_token_ids
+        for i in range(params.max_tokens):
+            token = self.sample(params)
+            yield token
+            if token in stop:
+                return
+            if i + 1 < params.max_tokens:
+                c.call("lococo_session_step", self._open(), token)
+
+    # --- where it stands ---------------------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far."""
+        value = ctypes.c_int64()
+        c.call("lococo_session_position", self._open(), ctypes.byref(value))
+        return value.value
+
+    @property
+    def live_slots(self) -> int:
+        """Cache slots in use, at most mem_size + buffer."""
+        value = ctypes.c_int32()
+        c.call("lococo_session_live_slots", self._open(), ctypes.byref(value))
+        return value.value
+
+    @property
+    def state_bytes(self) -> int:
+        """Exact bytes of the state, the same at every position."""
+        self._open()
+        return self.model.state_bytes
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Forwards of one token (steps), of more (blocks), and fusions, since creation, reset or load."""
+        values = [ctypes.c_int64() for _ in range(3)]
+        c.call("lococo_session_counters", self._open(), *map(ctypes.byref, values))
+        return dict(zip(("steps", "blocks", "fusions"), (v.value for v in values), strict=True))
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Back to an empty cache at position 0."""
+        c.call("lococo_session_reset", self._open())
+
+    def clone(self) -> Session:
+        """A second session in the same state, at a cost that does not depend on history."""
+        other = Session.__new__(Session)
+        other._handle, other._owns_model, other.model = ctypes.c_void_p(), False, self.model
+        c.call("lococo_session_clone", self._open(), ctypes.byref(other._handle))
+        self.model._count(+1)
+        return other
+
+    def state(self) -> bytes:
+        """The state as `save` writes it."""
+        size = ctypes.c_size_t()
+        c.call("lococo_session_state_size", self._open(), ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        c.call("lococo_session_state_get", self._open(), buffer, size)
+        return buffer.raw
+
+    def set_state(self, state: bytes) -> None:
+        """Continues from `state`. Raises as `load`."""
+        c.call("lococo_session_state_set", self._open(), state, len(state))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the state file, whole or not at all. Raises StorageError, NoSpaceError."""
+        c.call("lococo_session_save", self._open(), os.fsencode(path))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Continues from a state file; on an error the session is as it was.
+
+        Raises:
+            NotFoundError, StorageError: the file cannot be read.
+            CorruptError: truncated or changed.
+            VersionError: another state schema.
+            StateMismatchError: the state of another bundle.
+        """
+        c.call("lococo_session_load", self._open(), os.fsencode(path))
+
+    # --- lifetime ----------------------------------------------------------------------------------------------------
+
+    def _open(self) -> ctypes.c_void_p:
+        if not self._handle:
+            raise ClosedError("the session is closed; create a new one")
+        return self._handle
+
+    def close(self) -> None:
+        """Frees the session, and the model if the session opened it. Closing twice is fine."""
+        if self._handle:
+            c.library().lococo_session_destroy(self._handle)
+            self._handle = ctypes.c_void_p()
+            if self._owns_model:
+                self.model._closing = True
+            self.model._count(-1)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+
+def _as_ids(ids: TokenIds) -> npt.NDArray[np.int32]:
+    array = np.asarray(ids)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise InvalidArgumentError(f"token ids: expected integers, got dtype {array.dtype}")
+    if array.ndim != 1:
+        raise InvalidArgumentError(f"token ids: expected one dimension (T), got shape {array.shape}")
+    if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
+        raise InvalidArgumentError("token ids: out of the 32-bit range")
+    return np.ascontiguousarray(array, np.int32)
