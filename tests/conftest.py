@@ -1,0 +1,57 @@
+"""Fixtures shared by the tests: the golden cases, unpacked."""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_NAMES = sorted(p.name for p in GOLDEN.iterdir() if (p / "args.json").exists())
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """A recorded run: a checkpoint directory in the merged format, its hyper-parameters, and every array (io.npz)."""
+
+    name: str
+    path: Path
+    args: dict[str, Any]
+    io: dict[str, np.ndarray]
+
+    @property
+    def load_args(self) -> dict[str, Any]:
+        """Keyword arguments of `load_checkpoint`."""
+        names = ("mem_size", "hh_keep_rate", "local_len", "block_size", "buffer")
+        return {"activation": self.args["hidden_act"], **{n: self.args[n] for n in names}}
+
+    @property
+    def saturated(self) -> bool:
+        """The mixing softmax is close to one-hot, which amplifies rounding: wider tolerances."""
+        return bool(self.args["conv_gain"] >= 4)
+
+    @property
+    def chunk_lens(self) -> list[int]:
+        return [int(n) for n in self.io["chunk_lens"]]
+
+
+def unpack_golden(name: str, target: Path) -> GoldenCase:
+    """Unpacks case `name` into the directory `target`, which becomes a checkpoint directory."""
+    source = GOLDEN / name
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    (target / "model.safetensors").write_bytes(lzma.decompress((source / "model.safetensors.xz").read_bytes()))
+    with np.load(io.BytesIO(lzma.decompress((source / "io.npz.xz").read_bytes()))) as arrays:
+        return GoldenCase(name, target, json.loads((source / "args.json").read_text()), dict(arrays))
+
+
+@pytest.fixture(scope="session", params=GOLDEN_NAMES)
+def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GoldenCase:
+    """Every golden case in turn; read-only, shared by the session."""
+    return unpack_golden(request.param, tmp_path_factory.mktemp("golden") / request.param)
