@@ -1,0 +1,61 @@
+// backend.h - what a session asks of an inference engine. A session decides what to run and when (session.cc); a
+// backend owns the buffers and runs the graphs, wherever they live.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "cadence.h"
+#include "manifest.h"
+
+namespace lococo {
+
+// The buffers of one sequence. L below is the number of live slots before the forward. Methods throw Error.
+class Executor {
+ public:
+  Executor() = default;
+  virtual ~Executor() = default;
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
+
+  // Reads ids[0..f.n) at position on, with `length` live slots. Leaves the new slots, their scores and the logits in
+  // the executor; the state is not touched. all_logits: NULL or (f.n, vocab_size).
+  virtual void forward(const Forward& f, const int32_t* ids, int64_t position, int32_t length, float* all_logits) = 0;
+  // After a forward: either its slots join the state, columns length..length+n-1, ...
+  virtual void append(const Forward& f, int32_t length) = 0;
+  // ... or state and slots are fused into mem_size slots, the other columns zero.
+  virtual void fuse(const Forward& f, int32_t length) = 0;
+
+  // (vocab_size), in host memory.
+  virtual const float* logits() = 0;
+  // Zero state, zero logits.
+  virtual void reset() = 0;
+  // The manifest's state tensors but position and past_length, in its order, tight: state_bytes - 16 bytes.
+  virtual void read_state(uint8_t* bytes) = 0;
+  virtual void write_state(const uint8_t* bytes) = 0;
+  // The state of an executor of the same backend.
+  virtual void copy_from(Executor& other) = 0;
+};
+
+// An opened bundle. Used from many threads at once.
+class Backend {
+ public:
+  Backend() = default;
+  virtual ~Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+
+  virtual std::unique_ptr<Executor> create_executor() = 0;
+  // What an executor allocates.
+  [[nodiscard]] virtual uint64_t executor_bytes() const = 0;
+};
+
+struct BackendOptions {
+  std::string library;      // path of the engine's library, "" for the default
+  int32_t num_threads = 0;  // 0: one per physical core
+};
+
+// manifest outlives the backend.
+std::unique_ptr<Backend> open_onnxruntime(const Manifest& manifest, const BackendOptions& options);
+
+}  // namespace lococo

@@ -1,0 +1,34 @@
+// files.h - reading, hashing and atomically writing files.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "sha256.h"
+
+namespace lococo {
+
+class InputFile {
+ public:
+  explicit InputFile(std::string path);  // NOT_FOUND or IO
+  ~InputFile();
+  InputFile(const InputFile&) = delete;
+  InputFile& operator=(const InputFile&) = delete;
+
+  [[nodiscard]] uint64_t size() const;
+  // Up to size bytes; fewer only at the end of the file.
+  size_t read(void* data, size_t size);
+
+ private:
+  std::string path_;
+  int fd_;
+};
+
+Digest sha256_file(const std::string& path);
+
+// Writes a file beside path, fsyncs it and renames it to path; on failure path is as it was. IO, NO_SPACE, NOT_FOUND.
+void write_file_atomically(const std::string& path, const std::vector<uint8_t>& bytes);
+
+}  // namespace lococo

@@ -1,0 +1,292 @@
+// lococo.cc - the C boundary: arguments checked, exceptions turned into statuses, sessions guarded. Nothing else.
+#include "lococo.h"
+
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+
+#include "error.h"
+#include "session.h"
+
+struct lococo_model {
+  std::shared_ptr<lococo::Model> impl;
+};
+
+struct lococo_session {
+  explicit lococo_session(std::shared_ptr<lococo::Model> model) : impl(std::move(model)) {}
+  lococo::Session impl;
+};
+
+namespace {
+
+using lococo::fail;
+
+// A fixed buffer, so that an error text never needs memory. Longer texts are cut.
+thread_local char last_error[4096] = "";
+
+std::mutex log_mutex;
+lococo_log_fn log_fn = nullptr;
+void* log_user = nullptr;
+
+lococo_status record(lococo_status status, const char* text) noexcept {
+  std::snprintf(last_error, sizeof last_error, "%s", text);
+  return status;
+}
+
+// The only place where exceptions end.
+template <typename F>
+lococo_status guarded(F&& body) noexcept {
+  try {
+    body();
+    return LOCOCO_OK;
+  } catch (const lococo::Error& e) {
+    return record(e.status(), e.what());
+  } catch (const std::bad_alloc&) {
+    return record(LOCOCO_ERROR_OUT_OF_MEMORY, "out of memory; close sessions or use a smaller model");
+  } catch (const std::exception& e) {
+    return record(LOCOCO_ERROR_INTERNAL, e.what());
+  } catch (...) {
+    return record(LOCOCO_ERROR_INTERNAL, "an exception of unknown type");
+  }
+}
+
+void require(const void* pointer, const char* name) {
+  if (pointer == nullptr) fail(LOCOCO_ERROR_INVALID_ARGUMENT, "%s: expected a pointer, got NULL", name);
+}
+
+void require_size(size_t got, size_t expected, const char* name) {
+  if (got != expected) {
+    fail(LOCOCO_ERROR_INVALID_ARGUMENT,
+         "%s: struct_size: expected %zu, got %zu; set it to sizeof(%s) of this release's lococo.h", name, expected, got,
+         name);
+  }
+}
+
+// Holds a session for one call.
+class Hold {
+ public:
+  explicit Hold(lococo::Session& session) : session_(session) {
+    if (session_.busy.exchange(true, std::memory_order_acquire)) {
+      fail(LOCOCO_ERROR_BUSY,
+           "session: in use by another thread or by the callback's caller; use one session a thread");
+    }
+  }
+  ~Hold() { session_.busy.store(false, std::memory_order_release); }
+  Hold(const Hold&) = delete;
+  Hold& operator=(const Hold&) = delete;
+
+ private:
+  lococo::Session& session_;
+};
+
+enum class Dead { kRefused, kAllowed };
+
+template <typename F>
+lococo_status with_session(lococo_session* session, Dead dead, F&& body) noexcept {
+  return guarded([&] {
+    require(session, "session");
+    const Hold hold(session->impl);
+    if (session->impl.dead && dead == Dead::kRefused) {
+      fail(LOCOCO_ERROR_DEAD, "session: an earlier backend error left it unusable; reset it or load a state");
+    }
+    body(session->impl);
+  });
+}
+
+constexpr lococo_sampling_params kGreedy = {sizeof(lococo_sampling_params), 0, 0, 0, 0};
+
+}  // namespace
+
+void lococo::log_line(lococo_log_level level, const std::string& text) noexcept {
+  lococo_log_fn fn = nullptr;
+  void* user = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(log_mutex);
+    fn = log_fn;
+    user = log_user;
+  }
+  if (fn != nullptr) fn(level, text.c_str(), user);
+}
+
+int32_t lococo_abi_version(void) { return LOCOCO_ABI_VERSION; }
+
+const char* lococo_version(void) { return LOCOCO_VERSION; }
+
+const char* lococo_last_error(void) { return last_error; }
+
+void lococo_set_log_callback(lococo_log_fn fn, void* user) {
+  const std::lock_guard<std::mutex> lock(log_mutex);
+  log_fn = fn;
+  log_user = user;
+}
+
+lococo_status lococo_model_open(const char* bundle_dir, const lococo_options* options, lococo_model** out) {
+  return guarded([&] {
+    require(bundle_dir, "bundle_dir");
+    require(out, "out");
+    lococo::BackendOptions backend_options;
+    bool skip_hashes = false;
+    if (options != nullptr) {
+      require_size(options->struct_size, sizeof *options, "lococo_options");
+      if (options->device != nullptr && std::strcmp(options->device, "cpu") != 0) {
+        fail(LOCOCO_ERROR_UNSUPPORTED, "device: expected \"cpu\" (all that this build supports), got \"%s\"",
+             options->device);
+      }
+      if (options->backend != nullptr && std::strcmp(options->backend, "onnxruntime") != 0) {
+        fail(LOCOCO_ERROR_UNSUPPORTED, "backend: expected \"onnxruntime\" (all that this build supports), got \"%s\"",
+             options->backend);
+      }
+      if (options->num_threads < 0) {
+        fail(LOCOCO_ERROR_INVALID_ARGUMENT, "num_threads: expected at least 0 (0: one per core), got %d",
+             options->num_threads);
+      }
+      if (options->backend_library != nullptr) backend_options.library = options->backend_library;
+      backend_options.num_threads = options->num_threads;
+      skip_hashes = options->skip_hashes != 0;
+    }
+    auto model = std::make_shared<lococo::Model>();
+    model->manifest = lococo::read_manifest(bundle_dir);
+    lococo::check_files(model->manifest, skip_hashes);
+    model->backend = lococo::open_onnxruntime(model->manifest, backend_options);
+    *out = new lococo_model{std::move(model)};
+  });
+}
+
+void lococo_model_close(lococo_model* model) { delete model; }
+
+lococo_status lococo_model_get_info(const lococo_model* model, lococo_model_info* info) {
+  return guarded([&] {
+    require(model, "model");
+    require(info, "info");
+    require_size(info->struct_size, sizeof *info, "lococo_model_info");
+    const lococo::Manifest& m = model->impl->manifest;
+    *info = {sizeof *info,        m.vocab_size,        m.num_layers, m.num_kv_heads, m.head_dim,
+             m.mem_size,          m.capacity,          m.block_size, m.state_bytes,  model->impl->session_bytes(),
+             m.bundle_id.c_str(), m.dtype_text.c_str()};
+  });
+}
+
+lococo_status lococo_session_create(lococo_model* model, lococo_session** out) {
+  return guarded([&] {
+    require(model, "model");
+    require(out, "out");
+    *out = new lococo_session(model->impl);
+  });
+}
+
+void lococo_session_destroy(lococo_session* session) {
+  if (session == nullptr) return;
+  if (session->impl.busy.exchange(true, std::memory_order_acquire)) {
+    lococo::log_line(LOCOCO_LOG_ERROR, "lococo_session_destroy: the session is in use; it was not destroyed");
+    return;
+  }
+  delete session;
+}
+
+lococo_status lococo_session_reset(lococo_session* session) {
+  return with_session(session, Dead::kAllowed, [](lococo::Session& s) { s.reset(); });
+}
+
+lococo_status lococo_session_clone(lococo_session* session, lococo_session** out) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    require(out, "out");
+    auto copy = std::make_unique<lococo_session>(s.model());
+    copy->impl.copy_from(s);
+    *out = copy.release();
+  });
+}
+
+lococo_status lococo_session_prefill(lococo_session* session, const int32_t* ids, size_t n, float* all_logits) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    if (n > 0) require(ids, "ids");
+    s.prefill(ids, n, all_logits);
+  });
+}
+
+lococo_status lococo_session_step(lococo_session* session, int32_t id) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) { s.step(id); });
+}
+
+lococo_status lococo_session_logits(lococo_session* session, const float** logits) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    require(logits, "logits");
+    *logits = s.logits();
+  });
+}
+
+lococo_status lococo_session_sample(lococo_session* session, const lococo_sampling_params* params, int32_t* id) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    require(id, "id");
+    *id = s.sample(params != nullptr ? *params : kGreedy);
+  });
+}
+
+lococo_status lococo_session_generate(lococo_session* session, const lococo_sampling_params* params, int32_t max_tokens,
+                                      lococo_token_fn on_token, void* user, int32_t* num_generated) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    const int32_t count = s.generate(params != nullptr ? *params : kGreedy, max_tokens, on_token, user);
+    if (num_generated != nullptr) *num_generated = count;
+  });
+}
+
+lococo_status lococo_session_position(lococo_session* session, int64_t* position) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    require(position, "position");
+    *position = s.position();
+  });
+}
+
+lococo_status lococo_session_live_slots(lococo_session* session, int32_t* live_slots) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    require(live_slots, "live_slots");
+    *live_slots = s.live_slots();
+  });
+}
+
+lococo_status lococo_session_counters(lococo_session* session, int64_t* steps, int64_t* blocks, int64_t* fusions) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    if (steps != nullptr) *steps = s.steps();
+    if (blocks != nullptr) *blocks = s.blocks();
+    if (fusions != nullptr) *fusions = s.fusions();
+  });
+}
+
+lococo_status lococo_session_state_size(lococo_session* session, size_t* size) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    require(size, "size");
+    *size = s.state_size();
+  });
+}
+
+lococo_status lococo_session_state_get(lococo_session* session, void* buffer, size_t size) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    require(buffer, "buffer");
+    if (size != s.state_size()) {
+      fail(LOCOCO_ERROR_INVALID_ARGUMENT, "size: expected %zu (lococo_session_state_size), got %zu", s.state_size(),
+           size);
+    }
+    s.state_get(static_cast<uint8_t*>(buffer));
+  });
+}
+
+lococo_status lococo_session_state_set(lococo_session* session, const void* buffer, size_t size) {
+  return with_session(session, Dead::kAllowed, [&](lococo::Session& s) {
+    require(buffer, "buffer");
+    s.state_set(static_cast<const uint8_t*>(buffer), size);
+  });
+}
+
+lococo_status lococo_session_save(lococo_session* session, const char* path) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    require(path, "path");
+    s.save(path);
+  });
+}
+
+lococo_status lococo_session_load(lococo_session* session, const char* path) {
+  return with_session(session, Dead::kAllowed, [&](lococo::Session& s) {
+    require(path, "path");
+    s.load(path);
+  });
+}

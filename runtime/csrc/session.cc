@@ -1,0 +1,194 @@
+#include "session.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "error.h"
+#include "files.h"
+#include "state_file.h"
+
+namespace lococo {
+namespace {
+
+constexpr int64_t kMaxPosition = std::numeric_limits<int32_t>::max();  // graphs take positions as int32
+
+// Columns that are not live are zero in a state, whatever a backend leaves there: nothing of an earlier sequence leaks.
+void clear_stale_columns(const Manifest& m, uint8_t* payload, int64_t length) {
+  for (const TensorSpec& t : m.state) {
+    if (t.shape.size() >= 3) {  // (1, H_kv, C) or (1, H_kv, C, d)
+      const uint64_t head_bytes = t.nbytes() / static_cast<uint64_t>(m.num_kv_heads);
+      const uint64_t live_bytes = head_bytes / static_cast<uint64_t>(m.capacity) * static_cast<uint64_t>(length);
+      for (int32_t head = 0; head < m.num_kv_heads; ++head) {
+        std::memset(payload + static_cast<uint64_t>(head) * head_bytes + live_bytes, 0, head_bytes - live_bytes);
+      }
+    }
+    payload += t.nbytes();
+  }
+}
+
+}  // namespace
+
+uint64_t Model::session_bytes() const {
+  return sizeof(Session) + backend->executor_bytes() + Sampler::nbytes(manifest.vocab_size);
+}
+
+Session::Session(std::shared_ptr<Model> model)
+    : model_(std::move(model)),
+      m_(model_->manifest),
+      cadence_(m_.mem_size, m_.capacity, m_.widths),
+      executor_(model_->backend->create_executor()),
+      sampler_(m_.vocab_size) {}
+
+void Session::reset() {
+  executor_->reset();
+  position_ = 0;
+  length_ = 0;
+  clear_counters();
+  dead = false;
+}
+
+void Session::copy_from(Session& other) {
+  executor_->copy_from(*other.executor_);
+  position_ = other.position_;
+  length_ = other.length_;
+  clear_counters();
+}
+
+void Session::check_readable(const int32_t* ids, size_t n) const {
+  if (n == 0) fail(LOCOCO_ERROR_INVALID_ARGUMENT, "ids: expected at least one token, got none");
+  if (n > static_cast<uint64_t>(kMaxPosition - position_)) {
+    fail(LOCOCO_ERROR_INVALID_ARGUMENT,
+         "position: expected at most %lld after the call, got %lld + %zu; reset the session",
+         static_cast<long long>(kMaxPosition), static_cast<long long>(position_), n);
+  }
+  for (size_t i = 0; i < n; ++i) {
+    if (ids[i] < 0 || ids[i] >= m_.vocab_size) {
+      fail(LOCOCO_ERROR_INVALID_ARGUMENT,
+           "ids[%zu]: expected a token id from 0 to %d, got %d; is this the bundle's tokenizer?", i, m_.vocab_size - 1,
+           ids[i]);
+    }
+  }
+}
+
+void Session::read_tokens(const int32_t* ids, size_t n, float* all_logits) {
+  dead = true;  // until all is well: an exception half-way leaves a state that is neither the old one nor the new one
+  while (n > 0) {
+    const Forward f = cadence_.next(length_, n);
+    executor_->forward(f, ids, position_, length_, all_logits);
+    if (f.fuses) {
+      executor_->fuse(f, length_);
+    } else {
+      executor_->append(f, length_);
+    }
+    length_ = f.after;
+    position_ += f.n;
+    ++(f.n == 1 ? steps_ : blocks_);
+    fusions_ += f.fuses ? 1 : 0;
+    ids += f.n;
+    n -= static_cast<size_t>(f.n);
+    if (all_logits != nullptr) all_logits += static_cast<size_t>(f.n) * static_cast<size_t>(m_.vocab_size);
+  }
+  dead = false;
+}
+
+void Session::prefill(const int32_t* ids, size_t n, float* all_logits) {
+  check_readable(ids, n);
+  read_tokens(ids, n, all_logits);
+}
+
+void Session::step(int32_t id) { prefill(&id, 1, nullptr); }
+
+const float* Session::logits() {
+  if (position_ == 0)
+    fail(LOCOCO_ERROR_INVALID_ARGUMENT,
+         "logits: expected a session that has read a token, got an empty one; prefill it");
+  return executor_->logits();
+}
+
+int32_t Session::sample(const lococo_sampling_params& params) {
+  Sampler::check(params);
+  return sampler_.sample(logits(), params, static_cast<uint64_t>(position_));
+}
+
+int32_t Session::generate(const lococo_sampling_params& params, int32_t max_tokens, lococo_token_fn on_token,
+                          void* user) {
+  if (max_tokens < 0) fail(LOCOCO_ERROR_INVALID_ARGUMENT, "max_tokens: expected at least 0, got %d", max_tokens);
+  if (max_tokens > kMaxPosition - position_) {
+    fail(LOCOCO_ERROR_INVALID_ARGUMENT, "max_tokens: expected at most %lld at position %lld, got %d; reset the session",
+         static_cast<long long>(kMaxPosition - position_), static_cast<long long>(position_), max_tokens);
+  }
+  Sampler::check(params);
+  const float* current = logits();
+  int32_t count = 0;
+  while (count < max_tokens) {
+    int32_t id = 0;
+    try {
+      id = sampler_.sample(current, params, static_cast<uint64_t>(position_));
+    } catch (const Error&) {
+      dead = true;
+      throw;
+    }
+    ++count;
+    const bool stop = on_token != nullptr && on_token(id, user) != 0;
+    const auto& eos = m_.eos_token_ids;
+    if (stop || count == max_tokens || std::find(eos.begin(), eos.end(), id) != eos.end()) break;
+    read_tokens(&id, 1, nullptr);
+  }
+  return count;
+}
+
+// --- state -----------------------------------------------------------------------------------------------------------
+
+size_t Session::state_size() const { return kStateHeaderBytes + m_.state_bytes; }
+
+void Session::state_get(uint8_t* buffer) {
+  uint8_t* payload = buffer + kStateHeaderBytes;
+  store_int64(payload, position_);
+  store_int64(payload + 8, length_);
+  executor_->read_state(payload + 16);
+  clear_stale_columns(m_, payload, length_);
+  seal_state(m_, buffer);
+}
+
+void Session::state_set(const uint8_t* buffer, size_t size) {
+  check_state_header(m_, buffer, size);
+  check_state(m_, buffer);
+  adopt(buffer + kStateHeaderBytes);
+}
+
+void Session::adopt(const uint8_t* payload) {
+  executor_->reset();
+  executor_->write_state(payload + 16);
+  position_ = load_int64(payload);
+  length_ = static_cast<int32_t>(load_int64(payload + 8));
+  clear_counters();
+  dead = false;
+}
+
+void Session::save(const std::string& path) {
+  std::vector<uint8_t> state(state_size());
+  state_get(state.data());
+  write_file_atomically(path, state);
+}
+
+void Session::load(const std::string& path) {
+  try {
+    InputFile file(path);
+    const uint64_t size = file.size();
+    std::vector<uint8_t> state(kStateHeaderBytes);
+    state.resize(file.read(state.data(), state.size()));
+    check_state_header(m_, state.data(), state.size() < kStateHeaderBytes ? state.size() : size);
+    state.resize(size);  // equals state_size()
+    if (kStateHeaderBytes + file.read(state.data() + kStateHeaderBytes, size - kStateHeaderBytes) != size) {
+      fail(LOCOCO_ERROR_CORRUPT, "expected %zu bytes; the file shrank while it was read", state_size());
+    }
+    check_state(m_, state.data());
+    adopt(state.data() + kStateHeaderBytes);
+  } catch (const Error& e) {
+    if (e.status() == LOCOCO_ERROR_NOT_FOUND || e.status() == LOCOCO_ERROR_IO) throw;  // name the path already
+    throw Error(e.status(), path + ": " + e.what());
+  }
+}
+
+}  // namespace lococo

@@ -1,0 +1,74 @@
+// session.h - one sequence: what to run next, where it stands, and its state as bytes. No backend is named here.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+#include "cadence.h"
+#include "lococo.h"
+#include "manifest.h"
+#include "sampler.h"
+
+namespace lococo {
+
+struct Model {
+  Manifest manifest;
+  std::unique_ptr<Backend> backend;
+
+  [[nodiscard]] uint64_t session_bytes() const;
+};
+
+class Session {
+ public:
+  explicit Session(std::shared_ptr<Model> model);
+
+  void reset();
+  // Precondition: both of the same model.
+  void copy_from(Session& other);
+
+  // ids: (n). all_logits: NULL or (n, vocab_size).
+  void prefill(const int32_t* ids, size_t n, float* all_logits);
+  void step(int32_t id);
+  const float* logits();  // (vocab_size)
+  int32_t sample(const lococo_sampling_params& params);
+  // Returns the number of tokens generated.
+  int32_t generate(const lococo_sampling_params& params, int32_t max_tokens, lococo_token_fn on_token, void* user);
+
+  [[nodiscard]] const std::shared_ptr<Model>& model() const { return model_; }
+  [[nodiscard]] int64_t position() const { return position_; }
+  [[nodiscard]] int32_t live_slots() const { return length_; }
+  [[nodiscard]] int64_t steps() const { return steps_; }
+  [[nodiscard]] int64_t blocks() const { return blocks_; }
+  [[nodiscard]] int64_t fusions() const { return fusions_; }
+
+  [[nodiscard]] size_t state_size() const;
+  void state_get(uint8_t* buffer);
+  void state_set(const uint8_t* buffer, size_t size);
+  void save(const std::string& path);
+  void load(const std::string& path);
+
+  std::atomic<bool> busy{false};  // a thread is inside
+  bool dead = false;              // a backend error left the state unknown
+
+ private:
+  void check_readable(const int32_t* ids, size_t n) const;
+  void read_tokens(const int32_t* ids, size_t n, float* all_logits);
+  void adopt(const uint8_t* payload);
+  void clear_counters() { steps_ = blocks_ = fusions_ = 0; }
+
+  std::shared_ptr<Model> model_;
+  const Manifest& m_;
+  Cadence cadence_;
+  std::unique_ptr<Executor> executor_;
+  Sampler sampler_;
+  int64_t position_ = 0;  // P: tokens read
+  int32_t length_ = 0;    // L: live slots
+  int64_t steps_ = 0;
+  int64_t blocks_ = 0;
+  int64_t fusions_ = 0;
+};
+
+}  // namespace lococo
