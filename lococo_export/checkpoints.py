@@ -451,7 +451,7 @@ def _refuse_lora(root: Path, names: Mapping[str, object]) -> None:
     lora = sorted(n for n in names if n.startswith("base_model.model.") or ".lora_A." in n or ".lora_B." in n)
     if lora:
         raise CheckpointError(
-            f"{root}: {len(lora)} tensors of an unmerged LoRA training state, {lora[0]} among them; merge the adapters"
+            f"{root}: {len(lora)} tensor(s) of an unmerged LoRA training state, {lora[0]} among them; merge the adapters"
             " into the model first (merge_and_unload in peft) and save that"
         )
 
