@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch

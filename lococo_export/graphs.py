@@ -1,11 +1,11 @@
 """The static graphs of a bundle: decoder (a forward of w tokens), fusion (what may follow it), lm_head.
 
 Every tensor has a fixed shape. Which columns of the cache are live is data (`past_length`, `num_tokens`), turned into
-masks inside. Letters of the shape comments: b batch, w tokens of the forward, c capacity = M + buffer, s = c + w columns
-seen by a forward, h KV heads, g query heads per KV head, d head_dim, n slots left of the kept ones, mc mixed slots.
+masks inside. Letters of the shape comments: b batch, w tokens of the forward, c capacity = M + buffer, s = c + w
+columns seen by a forward, h KV heads, g query heads per KV head, d head_dim, n rest columns, mc mixed slots.
 
 Four model-local functions of domain "lococo" carry the parts that native kernels may replace: RMSNorm,
-RotaryEmbedding, SlotAttention and SlotFusion. Their bodies are standard operators.
+RotateHalf, SlotAttention and SlotFusion. Their bodies are standard operators.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class GraphWriter:
             q = self._heads(t, y, w, m.num_heads, f"{layer}.self_attn.q_proj", f"{layer}.self_attn.q_norm.weight")
             k = self._heads(t, y, w, m.num_kv_heads, f"{layer}.self_attn.k_proj", f"{layer}.self_attn.k_norm.weight")
             value = self._heads(t, y, w, m.num_kv_heads, f"{layer}.self_attn.v_proj", None, f"new_key_values.{i}.value")
-            q = t.op("RotaryEmbedding", q, cos, sin, domain=DOMAIN)  # (b, h*g, w, d)
-            key = t.op("RotaryEmbedding", k, cos, sin, domain=DOMAIN, output=f"new_key_values.{i}.key")
+            q = t.op("RotateHalf", q, cos, sin, domain=DOMAIN)  # (b, h*g, w, d)
+            key = t.op("RotateHalf", k, cos, sin, domain=DOMAIN, output=f"new_key_values.{i}.key")
             past = [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
             inputs = [q, *past, key, value, mask, *([rows] if rows else [])]
             decays = self.cache.score_decay > 0
@@ -99,7 +99,7 @@ class GraphWriter:
         return t, functions
 
     def _linear(self, t: NodeList, x: str, name: str, output: str | None = None) -> str:
-        """(rows, in) -> (rows, out); the weight stays (out, in) as in the checkpoint, so tied embeddings are one tensor."""
+        """(rows, in) -> (rows, out); the weight stays (out, in) as in the checkpoint, so a tied embedding serves twice."""
         bias = [f"{name}.bias"] if f"{name}.bias" in self.weights else []
         return t.op("Gemm", x, f"{name}.weight", *bias, transB=1, output=output)
 
@@ -171,8 +171,10 @@ class GraphWriter:
         live = t.op("Less", t.constant(np.arange(c)[None], "int32"), t.reshape("past_length", b, 1))  # (b, c)
         past = t.op("Where", live, t.constant(0.0, "float32"), t.constant(MASKED, "float32"))
         past = t.op("Expand", t.reshape(past, b, 1, 1, 1, c), t.shape(b, 1, 1, w, c))
-        causal = np.where(np.tril(np.ones((w, w), dtype=bool)), 0.0, MASKED)
-        new = t.constant(np.broadcast_to(causal, (b, 1, 1, w, w)), "float32")
+        query, token = np.arange(w)[:, None], np.arange(w)[None]
+        seen = t.op("Less", t.constant(token, "int32"), t.constant(query + 1, "int32"))  # (w, w)
+        new = t.op("Where", seen, t.constant(0.0, "float32"), t.constant(MASKED, "float32"))
+        new = t.op("Expand", new, t.shape(b, 1, 1, w, w))
         return t.op("Concat", past, new, axis=-1)
 
     def _valid_rows(self, t: NodeList, w: int) -> str:
@@ -372,7 +374,7 @@ class GraphWriter:
         first = t.op("Sub", t.op("Mul", low, "cos"), t.op("Mul", high, "sin"))
         second = t.op("Add", t.op("Mul", high, "cos"), t.op("Mul", low, "sin"))
         t.op("Concat", first, second, axis=-1, output="y")
-        return t.function("RotaryEmbedding", ["x", "cos", "sin"], ["y"], "half-split rotary position embedding")
+        return t.function("RotateHalf", ["x", "cos", "sin"], ["y"], "half-split rotary position embedding")
 
     def _slot_attention(self, w: int) -> onnx.FunctionProto:
         """Attention over the state's columns and the new ones, and the score that every column collects.
@@ -409,8 +411,6 @@ def write_weights(
 ) -> None:
     """Streams every tensor the graphs read: the decoder's under its own name, `fusion.{layer}....`, RoPE tables."""
     for name in tensors:
-        if model.tie_word_embeddings and name == "lm_head.weight":
-            continue  # the graphs read model.embed_tokens.weight
         weights.add(name, tensors[name], dtype)
     for name, tensor in fusion_heads.items():
         weights.add(name, tensor, dtype)

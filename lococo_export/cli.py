@@ -1,0 +1,74 @@
+"""lococo-export and lococo-verify."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lococo_runtime.bundle import ACTIVATIONS, POLICIES
+from lococo_runtime.cli import guarded
+
+DTYPE_FLAGS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def export_main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of lococo-export."""
+    parser = argparse.ArgumentParser(
+        prog="lococo-export", description="Turn a LoCoCo checkpoint into a bundle of static ONNX graphs."
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint directory")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="bundle to make (default MODEL-POLICY-DTYPE)")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--dtype", choices=DTYPE_FLAGS, default="fp32", help="weights and cache (default fp32)")
+    for flag in ("fp16", "bf16"):
+        precision.add_argument(f"--{flag}", dest="dtype", action="store_const", const=flag)
+    add_cache_flags(parser)
+    args = parser.parse_args(argv)
+    return guarded(lambda: _export(args))
+
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    """The slot-cache settings that a checkpoint may leave open."""
+    group = parser.add_argument_group("slot cache", "what the checkpoint does not say; published defaults")
+    group.add_argument("--policy", choices=POLICIES, help="h2o needs no trained heads")
+    group.add_argument("--mem-size", type=int, metavar="M", help="slots left by a fusion")
+    group.add_argument("--hh-keep-rate", type=float, metavar="R", help="share of slots kept verbatim (0.5)")
+    group.add_argument("--local-len", type=int, metavar="N", help="most recent slots always kept (0)")
+    group.add_argument("--block-size", type=int, metavar="B", help="tokens of one forward (M)")
+    group.add_argument("--buffer", type=int, metavar="N", help="slots above M before a fusion fires (16)")
+    group.add_argument("--fusion-activation", choices=ACTIVATIONS, help="after every convolution (relu)")
+
+
+def cache_flags(args: argparse.Namespace) -> dict[str, object]:
+    """The arguments of `load_checkpoint` that `add_cache_flags` parsed."""
+    names = ("policy", "mem_size", "hh_keep_rate", "local_len", "block_size", "buffer")
+    return {**{n: getattr(args, n) for n in names}, "activation": args.fusion_activation}
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .checkpoints import load_checkpoint
+    from .export import export_bundle
+
+    start = time.perf_counter()
+    checkpoint = load_checkpoint(args.model, allow_pickle=args.allow_pickle, **cache_flags(args))
+    config, dtype = checkpoint.config, DTYPE_FLAGS[args.dtype]
+    output = args.output or Path(f"{args.model.resolve().name}-{config.policy}-{args.dtype}")
+    if checkpoint.heads_ignored:
+        print("note: the checkpoint's fusion heads are not used by policy h2o", file=sys.stderr)
+
+    def show(step: str) -> None:
+        print(f"  {step}", file=sys.stderr)
+
+    manifest = export_bundle(checkpoint, output, dtype=dtype, force=args.force, progress=show)
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"{output}: {config.policy}, {config.mem_size} slots, {args.dtype}, state {manifest.state_bytes:,} bytes,"
+        f" {time.perf_counter() - start:.1f} s, peak memory {peak_mib:,.0f} MiB"
+    )
+    return 0
