@@ -272,7 +272,7 @@ lococo_status lococo_session_state_get(lococo_session* session, void* buffer, si
 
 lococo_status lococo_session_state_set(lococo_session* session, const void* buffer, size_t size) {
   return with_session(session, Dead::kAllowed, [&](lococo::Session& s) {
-    require(buffer, "buffer");
+    if (size > 0) require(buffer, "buffer");
     s.state_set(static_cast<const uint8_t*>(buffer), size);
   });
 }

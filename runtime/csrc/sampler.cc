@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "error.h"
 
@@ -67,40 +68,34 @@ int32_t Sampler::sample(const float* logits, const lococo_sampling_params& param
   const int32_t best = arg_max(logits, vocab_size);
   if (params.temperature == 0 || params.top_k == 1) return best;
 
-  const double highest = logits[best];
-  const double temperature = params.temperature;
-  double total = 0;
-  for (int32_t id = 0; id < vocab_size; ++id) {
-    weights_[id] = std::exp((logits[id] - highest) / temperature);
-    total += weights_[id];
-  }
-
-  // What is kept is always a head of the order "likelier first, then lower id", so its last token describes it.
+  // Candidates are ids_[0..end). Both selections order them likelier first, then lower id.
   const auto before = [logits](int32_t a, int32_t b) {
     return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
   };
-  int32_t last_kept = -1;   // all
-  auto end = ids_.begin();  // candidates of top-p are [ids_.begin(), end)
-  if (params.top_k > 0 && params.top_k < vocab_size) {
-    for (int32_t id = 0; id < vocab_size; ++id) ids_[id] = id;
-    end += params.top_k;
-    std::nth_element(ids_.begin(), end - 1, ids_.end(), before);
-    last_kept = *(end - 1);
-    total = 0;
-    for (auto it = ids_.begin(); it != end; ++it) total += weights_[*it];
+  const auto first = ids_.begin();
+  auto end = ids_.end();
+  std::iota(first, end, 0);
+  const bool is_top_k = params.top_k > 0 && params.top_k < vocab_size;
+  const bool is_top_p = params.top_p > 0 && params.top_p < 1;
+  if (is_top_k) {
+    end = first + params.top_k;
+    std::partial_sort(first, end, ids_.end(), before);
   }
-  if (params.top_p > 0 && params.top_p < 1) {
+
+  double total = 0;
+  for (auto it = first; it != end; ++it) {
+    weights_[*it] = std::exp((static_cast<double>(logits[*it]) - logits[best]) / params.temperature);
+    total += weights_[*it];
+  }
+
+  if (is_top_p) {
     const double target = params.top_p * total;
-    if (last_kept < 0) {
-      // Tokens below this weight have less than 1 - top_p together, so none of them is needed to reach top_p.
-      const double floor = (total - target) / vocab_size;
-      for (int32_t id = 0; id < vocab_size; ++id) {
-        if (weights_[id] >= floor) *end++ = id;
-      }
-    }
-    // Halve the candidates towards the token that makes the sum reach the target.
+    // Tokens below this weight have less than 1 - top_p together, so none of them is needed to reach top_p.
+    const double floor = (total - target) / static_cast<double>(end - first);
+    end = std::remove_if(first, end, [&](int32_t id) { return weights_[id] < floor; });
+    // Halve the candidates towards the token that makes the sum reach the target: it is the last one kept.
     double reached = 0;
-    auto begin = ids_.begin();
+    auto begin = first;
     while (end - begin > 1) {
       const auto middle = begin + (end - begin) / 2;
       std::nth_element(begin, middle, end, before);
@@ -113,21 +108,20 @@ int32_t Sampler::sample(const float* logits, const lococo_sampling_params& param
         begin = middle;
       }
     }
-    last_kept = *begin;
   }
 
-  // The draw walks the kept tokens in order of id.
-  const auto kept = [&](int32_t id) { return last_kept < 0 || !before(last_kept, id); };
-  total = 0;
-  for (int32_t id = 0; id < vocab_size; ++id) {
-    if (kept(id)) total += weights_[id];
+  // The draw walks the kept tokens in order of id, so that it does not depend on how they were selected.
+  if (is_top_k || is_top_p) {
+    std::sort(first, end);
+    total = 0;
+    for (auto it = first; it != end; ++it) total += weights_[*it];
   }
   double left = uniform_at(params.seed, position) * total;
   int32_t chosen = best;
-  for (int32_t id = 0; id < vocab_size; ++id) {
-    if (!kept(id) || weights_[id] == 0) continue;
-    chosen = id;  // the last one stands where rounding leaves a remainder
-    left -= weights_[id];
+  for (auto it = first; it != end; ++it) {
+    if (weights_[*it] == 0) continue;
+    chosen = *it;  // the last one stands where rounding leaves a remainder
+    left -= weights_[*it];
     if (left < 0) break;
   }
   return chosen;
