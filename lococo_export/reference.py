@@ -370,7 +370,7 @@ class ReferenceModel(nn.Module):
         Args:
             ids: (B, n) integers.
             state: before these tokens.
-            num_tokens: (B,) int64, valid tokens of each row, the others are padding on the right. All if None.
+            num_tokens: (B,) int64, valid tokens of each row, 1 to n; the others are padding on the right. All if None.
             return_all: logits of every token, else of the last valid one.
         """
         batch, n = ids.shape
@@ -394,7 +394,7 @@ class ReferenceModel(nn.Module):
             values.append(value)
             scores.append(received)
         hidden = self.model.norm(x)
-        last = (num_tokens - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        last = (num_tokens - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
         logits = self.lm_head(hidden if return_all else hidden.gather(1, last)).float()
         return ForwardResult(logits, hidden, keys, values, scores)
 
