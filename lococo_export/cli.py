@@ -72,3 +72,70 @@ def _export(args: argparse.Namespace) -> int:
         f" {time.perf_counter() - start:.1f} s, peak memory {peak_mib:,.0f} MiB"
     )
     return 0
+
+
+def verify_main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of lococo-verify."""
+    parser = argparse.ArgumentParser(
+        prog="lococo-verify",
+        description="Compare a bundle with PyTorch forward by forward: logits, and the state at every fusion.",
+        epilog="Exit code 0: agrees; 1: diverges, or an error.",
+    )
+    parser.add_argument("bundle", type=Path, help="directory made by lococo-export")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the checkpoint it was made from")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="text to read (default: random tokens)")
+    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="read in blocks (default 1024)")
+    parser.add_argument("--steps", type=int, default=256, metavar="N", help="then read one by one (default 256)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
+    parser.add_argument("--atol", type=float, help="largest difference of logits")
+    parser.add_argument("--free-running", action="store_true", help="do not hand the state over at fusions")
+    parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin")
+    args = parser.parse_args(argv)
+    return guarded(lambda: _verify(args))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from lococo_runtime import Session
+
+    from .onnx_writer import TORCH_DTYPES
+    from .reference import ReferenceModel
+    from .verify import Tolerance, checkpoint_of, verify_bundle
+
+    with Session(args.bundle) as session:
+        manifest = session.model.manifest
+        checkpoint = checkpoint_of(manifest, args.model, allow_pickle=args.allow_pickle)
+        tolerance = Tolerance.for_dtype(manifest.dtype)
+        if args.atol is not None:
+            tolerance = dataclasses.replace(tolerance, logits_max_abs=args.atol)
+        ids = _verify_ids(args, manifest.model.vocab_size)
+        reference = ReferenceModel(checkpoint, TORCH_DTYPES[manifest.dtype])
+
+        def show(done: int, total: int) -> None:
+            if sys.stderr.isatty():
+                print(f"\rverified {done:,}/{total:,} tokens", end="", file=sys.stderr, flush=True)
+
+        report = verify_bundle(
+            session, reference, ids, args.steps, tolerance=tolerance, free_running=args.free_running, progress=show
+        )
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    print(report)
+    return 1 if report.divergence else 0
+
+
+def _verify_ids(args: argparse.Namespace, vocab_size: int) -> list[int]:
+    import numpy as np
+    from lococo_runtime.llm import load_tokenizer
+
+    count = args.prompt_tokens + args.steps
+    if args.prompt_tokens < 1 or args.steps < 0:
+        raise InvalidArgumentError("--prompt-tokens: expected at least 1; --steps: expected at least 0")
+    if args.text is None:
+        random: list[int] = np.random.default_rng(args.seed).integers(0, vocab_size, count).tolist()
+        return random
+    ids: list[int] = load_tokenizer(args.bundle).encode(args.text.read_text(encoding="utf-8")).ids
+    if len(ids) < count:
+        raise InvalidArgumentError(f"{args.text}: expected at least {count:,} tokens, got {len(ids):,}")
+    return ids[:count]

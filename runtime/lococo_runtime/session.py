@@ -52,9 +52,7 @@ class SamplingParams:
 
     def to_c(self) -> c.CSamplingParams:
         """The C struct."""
-        return c.CSamplingParams(
-            ctypes.sizeof(c.CSamplingParams), self.temperature, self.top_k, self.top_p, self.seed
-        )
+        return c.CSamplingParams(ctypes.sizeof(c.CSamplingParams), self.temperature, self.top_k, self.top_p, self.seed)
 
 
 class Model:
