@@ -8,7 +8,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from lococo_runtime import InvalidArgumentError
 from lococo_runtime.bundle import ACTIVATIONS, POLICIES
 from lococo_runtime.cli import guarded
 
@@ -45,7 +47,7 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fusion-activation", choices=ACTIVATIONS, help="after every convolution (relu)")
 
 
-def cache_flags(args: argparse.Namespace) -> dict[str, object]:
+def cache_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `load_checkpoint` that `add_cache_flags` parsed."""
     names = ("policy", "mem_size", "hh_keep_rate", "local_len", "block_size", "buffer")
     return {**{n: getattr(args, n) for n in names}, "activation": args.fusion_activation}

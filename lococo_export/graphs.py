@@ -99,7 +99,7 @@ class GraphWriter:
         return t, functions
 
     def _linear(self, t: NodeList, x: str, name: str, output: str | None = None) -> str:
-        """(rows, in) -> (rows, out); the weight stays (out, in) as in the checkpoint, so a tied embedding serves twice."""
+        """(rows, in) -> (rows, out); the weight stays (out, in) as in the checkpoint, tied or not."""
         bias = [f"{name}.bias"] if f"{name}.bias" in self.weights else []
         return t.op("Gemm", x, f"{name}.weight", *bias, transB=1, output=output)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -101,9 +102,9 @@ def checkpoint_of(manifest: Manifest, path: str | os.PathLike[str], *, allow_pic
         ("slot cache", cache, checkpoint.config),
     ):
         if expected != got:
-            raise ConfigError(
-                f"{path}: {what}: the bundle has {expected}, the checkpoint {got}; pass the bundle's source"
-            )
+            want, have = dataclasses.asdict(expected), dataclasses.asdict(got)
+            differing = "; ".join(f"{k}: expected {want[k]!r}, got {have[k]!r}" for k in want if want[k] != have[k])
+            raise ConfigError(f"{path}: {what} differs from the bundle's: {differing}; pass the bundle's source")
     return checkpoint
 
 
@@ -234,7 +235,10 @@ def _compare_state(
         return "past_length", f"{length} live slots, the reference has {expected}"
     t, found = report.tolerance, None
     for i in range(manifest.model.num_layers):
-        pairs = [("key", ours.keys, theirs.keys), ("value", ours.values, theirs.values)]
+        prefix = f"past_key_values.{i}"
+        pairs = [(f"{prefix}.key", ours.keys, theirs.keys), (f"{prefix}.value", ours.values, theirs.values)]
+        if ours.scores:
+            pairs.append((f"past_scores.{i}", ours.scores, theirs.scores))
         for name, a, b in pairs:
             x, y = a[i][:, :, :length].double().flatten(), b[i][:, :, :length].cpu().double().flatten()
             cosine = float(torch.cosine_similarity(x, y, dim=0)) if bool(torch.isfinite(x).all()) else float("nan")
@@ -243,7 +247,7 @@ def _compare_state(
             report.state_norm_ratio = max(report.state_norm_ratio, ratio)
             if found is None and not (cosine >= t.state_cosine and ratio <= t.state_norm_ratio):
                 found = (
-                    f"past_key_values.{i}.{name}",
+                    name,
                     f"cosine {cosine:.7f} (at least {t.state_cosine:g}), norm off by {ratio:.2e}",
                 )
     return found

@@ -168,7 +168,7 @@ def call(name: str, *args: Any) -> None:
 
 
 def find_onnxruntime() -> str | None:
-    """libonnxruntime of the installed onnxruntime wheel, without importing it; None leaves the search to the library."""
+    """libonnxruntime of the installed wheel, which is not imported; None leaves the search to the library."""
     spec = importlib.util.find_spec("onnxruntime")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         found = sorted(Path(folder, "capi").glob("libonnxruntime.so*")) or sorted(

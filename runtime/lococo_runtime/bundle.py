@@ -98,8 +98,8 @@ class LococoConfig:
             return
         _require(
             self.num_mixed >= 1,
-            f"no mixed slot is left: mem_size={self.mem_size} and keep={self.keep} give 0; mem_size * (1 - hh_keep_rate)"
-            " truncates, so raise mem_size or lower the keep rate, or use policy h2o",
+            f"no mixed slot is left: mem_size={self.mem_size} and keep={self.keep} give 0: mem_size * (1 - hh_keep_rate) is"
+            " truncated, so raise mem_size or lower the keep rate, or use policy h2o",
         )
         _require(
             self.kernel_size >= 1 and self.kernel_size % 2 == 1,
@@ -362,7 +362,7 @@ def _tensor_from(d: dict[str, Any]) -> TensorSpec:
     return TensorSpec(d["name"], tuple(d["shape"]), d["dtype"])
 
 
-# --- the tensors of state and graphs -----------------------------------------------------------------------------------
+# --- the tensors of state and graphs -------------------------------------------------------------------------------
 
 
 def cache_tensors(prefix: str, model: ModelGeometry, batch: int, slots: int, dtype: str) -> list[TensorSpec]:
@@ -380,7 +380,7 @@ def state_tensors(model: ModelGeometry, cache: LococoConfig, dtype: str, batch: 
     """All that a session must remember, in the order of the state file.
 
     `position` counts the tokens read, `past_length` the live slots; `logits` are those after the last token. Scores are
-    state only where they accumulate (score_decay > 0): otherwise each forward overwrites them and a fusion follows at once.
+    state only where they accumulate (score_decay > 0): otherwise they are used at once, if a fusion follows, or never.
     """
     tensors = [
         TensorSpec("position", (batch,), "int64"),
@@ -452,7 +452,7 @@ def graph_specs(model: ModelGeometry, cache: LococoConfig, dtype: str, batch: in
     return tuple(specs)
 
 
-# --- reading and publishing ----------------------------------------------------------------------------------------------
+# --- reading and publishing ----------------------------------------------------------------------------------------
 
 
 def sha256_file(path: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 from ._exceptions import InvalidArgumentError, NotFoundError
 from .session import Model, SamplingParams, Session
@@ -57,21 +57,13 @@ class LLM:
         self.model = Model(bundle, **options)
         self.session = Session(self.model)
 
-    @overload
-    def generate(self, prompts: str, params: SamplingParams | None = None) -> CompletionOutput: ...
-    @overload
-    def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[CompletionOutput]: ...
-    def generate(
-        self, prompts: str | Sequence[str], params: SamplingParams | None = None
-    ) -> CompletionOutput | list[CompletionOutput]:
-        """Completes one prompt, or each of several.
+    def generate(self, prompt: str, params: SamplingParams | None = None) -> CompletionOutput:
+        """Completes a prompt.
 
         Raises:
             InvalidArgumentError: an empty prompt, or parameters out of range.
         """
-        if not isinstance(prompts, str):
-            return [self.generate(prompt, params) for prompt in prompts]
-        ids = list(self._tokens(prompts, params))
+        ids = list(self._tokens(prompt, params))
         stopped = bool(ids) and ids[-1] in self._stops(params)
         text = self.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
         return CompletionOutput(text, ids, "stop" if stopped else "length")

@@ -183,7 +183,8 @@ class Session:
         """A copy of the float32 logits after the last token read, (V). Raises InvalidArgumentError when empty."""
         pointer = c._FLOATS()
         c.call("lococo_session_logits", self._open(), ctypes.byref(pointer))
-        return np.ctypeslib.as_array(pointer, (self.model.vocab_size,)).copy()
+        view: Logits = np.ctypeslib.as_array(pointer, (self.model.vocab_size,))
+        return view.copy()
 
     def sample(self, params: SamplingParams | None = None) -> int:
         """Chooses a token from the current logits; reads nothing."""
