@@ -13,47 +13,53 @@ from lococo_runtime.bundle import DTYPE_BYTES
 from lococo_runtime.llm import stream_text
 from tqdm import tqdm
 
+CHECKPOINT = 2000  # tokens
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of this process, bytes, as Linux counts it."""
+    """Memory of this process in bytes, as Linux counts it; a page that is mapped several times counts once (Pss)."""
 
-    resident: int
-    anonymous: int
-    mapped: int
-    peak: int
+    allocated: int
+    mapped: int  # files, most of it weights
+    peak_resident: int  # counts the weights once for every graph that maps them
 
     @classmethod
     def now(cls) -> Memory:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        fields = {key: value.split() for key, value in (line.split(":", 1) for line in lines)}
-        return cls(*(int(fields[key][0]) * 1024 for key in ("VmRSS", "RssAnon", "RssFile", "VmHWM")))
+        fields = {}
+        for name in ("smaps_rollup", "status"):
+            for line in Path("/proc/self", name).read_text().splitlines()[1:]:
+                key, value = line.split(":", 1)
+                fields[key] = value.split()
+        return cls(*(int(fields[key][0]) * 1024 for key in ("Pss_Anon", "Pss_File", "VmHWM")))
 
 
 def read(session: Session, ids: list[int], checkpoint: int) -> tuple[float, Memory]:
     """Reads all ids with a progress bar -> seconds, and the memory once `checkpoint` tokens are read.
 
-    One token at the checkpoint is read by itself, so that the graph for single tokens is warm there too.
+    Before it, every graph runs until it has fused twice, as a graph takes its working memory in its first runs.
     """
-    block = session.model.manifest.cache.block_size
+    manifest = session.model.manifest
+    block, buffer = manifest.cache.block_size, manifest.cache.buffer
+    widths = [graph.tokens for graph in manifest.graphs if graph.kind == "decoder" and graph.tokens < block]
+    warm_up = [width for width in widths for _ in range(2 * (buffer // width + 1))]
     start = time.perf_counter()
     with tqdm(total=len(ids), desc="reading", unit=" tokens", file=sys.stdout) as bar:
-        for first in range(0, checkpoint - 1, block):
-            bar.update(_prefill(session, ids[first : min(first + block, checkpoint - 1)]))
-        session.step(ids[checkpoint - 1])
-        bar.update(1)
+
+        def advance(count: int) -> None:
+            session.prefill(ids[bar.n : bar.n + count])
+            bar.update(count)
+
+        while (left := checkpoint - sum(warm_up) - bar.n) > 0:
+            advance(min(block, left))
+        for width in warm_up:
+            advance(width)
         memory = Memory.now()
-        for first in range(checkpoint, len(ids), block):
-            bar.update(_prefill(session, ids[first : first + block]))
+        while bar.n < len(ids):
+            advance(min(block, len(ids) - bar.n))
     return time.perf_counter() - start, memory
-
-
-def _prefill(session: Session, ids: list[int]) -> int:
-    session.prefill(ids)
-    return len(ids)
 
 
 def write(llm: LLM, session: Session, params: SamplingParams) -> tuple[float, int]:
@@ -87,11 +93,12 @@ def main() -> None:
     with LLM(args.bundle) as llm:
         model, cache, dtype = llm.model.manifest.model, llm.model.manifest.cache, llm.model.manifest.dtype
         ids = llm.tokenizer.encode(args.text.read_text(encoding="utf-8")).ids[: args.tokens]
-        checkpoint = min(2000, len(ids))
+        if len(ids) < CHECKPOINT:
+            parser.error(f"expected a text of at least {CHECKPOINT:,} tokens, got {len(ids):,}")
         session = llm.session
         print(f"{args.text.name}: {len(ids):,} tokens through {cache.mem_size} slots, policy {cache.policy}, {dtype}")
 
-        read_s, early = read(session, ids, checkpoint)
+        read_s, early = read(session, ids, CHECKPOINT)
         print(f"\n...{llm.tokenizer.decode(ids[-60:])}", end=" [the model goes on:]")
         params = SamplingParams(args.temperature, top_p=0.9, seed=args.seed, max_tokens=args.max_tokens)
         write_s, written = write(llm, session, params)
@@ -100,17 +107,18 @@ def main() -> None:
 
         slot_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * DTYPE_BYTES[dtype]
         full = slot_bytes * session.position
-        growth = late.resident - early.resident
-        verdict = "it did not grow" if growth < MIB else f"it grew by {growth / MIB:.1f} MiB"
+        growth = late.allocated - early.allocated
+        verdict = "it did not grow" if growth < MIB else f"it grew by {_mib(growth)}"
         print(f"""\
 read     {len(ids):,} tokens in {read_s:.1f} s, {len(ids) / read_s:.0f} tokens/s
 wrote    {written:,} tokens in {write_s:.1f} s, {written / write_s:.1f} tokens/s
 state    {session.state_bytes:,} bytes at any position; a full cache at {session.position:,}: {full:,} bytes
-memory   {mib(early.resident)} resident after {checkpoint:,} tokens, {mib(late.resident)} at the end: {verdict}
-peak     {mib(late.peak)}; at the end {mib(late.anonymous)} allocated, {mib(late.mapped)} mapped files (weights)""")
+memory   {_mib(early.allocated)} allocated after {CHECKPOINT:,} tokens, {_mib(late.allocated)} at the end: {verdict}
+         beside {_mib(late.mapped)} of mapped files, most of it weights
+peak     {_mib(late.peak_resident)} resident (VmHWM), which counts the weights once for each graph that maps them""")
 
 
-def mib(nbytes: int) -> str:
+def _mib(nbytes: int) -> str:
     return f"{nbytes / MIB:.1f} MiB"
 
 
