@@ -51,7 +51,8 @@ lococo_status guarded(F&& body) noexcept {
   }
 }
 
-void require(const void* pointer, const char* name) {
+template <typename T>
+void require(const T* pointer, const char* name) {
   if (pointer == nullptr) fail(LOCOCO_ERROR_INVALID_ARGUMENT, "%s: expected a pointer, got NULL", name);
 }
 

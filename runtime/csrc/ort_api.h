@@ -66,18 +66,15 @@ using LogFunction = void (*)(void* user, LogLevel level, const char* category, c
 
 // The table as a struct of typed functions.
 struct Api {
-  explicit Api(void* const* table)
-#define LOCOCO_ORT_INIT(index, name, result, args) name(reinterpret_cast<result(*) args>(table[index])),
-      : LOCOCO_ORT_ENTRIES(LOCOCO_ORT_INIT) table_(table) {
+  explicit Api(void* const* table){
+#define LOCOCO_ORT_ASSIGN(index, name, result, args) name = reinterpret_cast<result(*) args>(table[index]);
+      LOCOCO_ORT_ENTRIES(LOCOCO_ORT_ASSIGN)
+#undef LOCOCO_ORT_ASSIGN
   }
-#undef LOCOCO_ORT_INIT
 
 #define LOCOCO_ORT_MEMBER(index, name, result, args) result(*name) args;
   LOCOCO_ORT_ENTRIES(LOCOCO_ORT_MEMBER)
 #undef LOCOCO_ORT_MEMBER
-
- private:
-  void* const* table_;
 };
 
 // What the library's one exported symbol, OrtGetApiBase, returns.

@@ -100,9 +100,10 @@ void Session::prefill(const int32_t* ids, size_t n, float* all_logits) {
 void Session::step(int32_t id) { prefill(&id, 1, nullptr); }
 
 const float* Session::logits() {
-  if (position_ == 0)
+  if (position_ == 0) {
     fail(LOCOCO_ERROR_INVALID_ARGUMENT,
          "logits: expected a session that has read a token, got an empty one; prefill it");
+  }
   return executor_->logits();
 }
 

@@ -35,7 +35,7 @@ uint32_t rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
 void compress_portable(uint32_t state[8], const uint8_t* blocks, size_t num_blocks) {
   for (; num_blocks > 0; --num_blocks, blocks += 64) {
     uint32_t w[64];
-    for (int t = 0; t < 16; ++t) w[t] = load_big_endian(blocks + t * 4);
+    for (size_t t = 0; t < 16; ++t) w[t] = load_big_endian(blocks + t * 4);
     for (int t = 16; t < 64; ++t) {
       const uint32_t s0 = rotate_right(w[t - 15], 7) ^ rotate_right(w[t - 15], 18) ^ w[t - 15] >> 3;
       const uint32_t s1 = rotate_right(w[t - 2], 17) ^ rotate_right(w[t - 2], 19) ^ w[t - 2] >> 10;
@@ -142,10 +142,7 @@ Sha256::Path Sha256::best_path() {
   return path;
 }
 
-Sha256::Sha256(Path path)
-    : compress_(path == Path::kHardware ? compress_hardware : compress_portable),
-      state_{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19},
-      pending_{} {}
+Sha256::Sha256(Path path) : compress_(path == Path::kHardware ? compress_hardware : compress_portable) {}
 
 void Sha256::update(const void* data, size_t size) {
   const auto* bytes = static_cast<const uint8_t*>(data);

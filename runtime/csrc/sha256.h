@@ -25,9 +25,10 @@ class Sha256 {
   using Compress = void (*)(uint32_t state[8], const uint8_t* blocks, size_t num_blocks);
 
   Compress compress_;
-  uint32_t state_[8];
+  uint32_t state_[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,  // FIPS 180-4, 5.3.3
+                        0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
   uint64_t total_bytes_ = 0;
-  uint8_t pending_[64];
+  uint8_t pending_[64] = {};
   size_t num_pending_ = 0;
 };
 

@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <limits>
+#include <string_view>
 
 #include "error.h"
 #include "sha256.h"
@@ -12,7 +13,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
 namespace lococo {
 namespace {
 
-constexpr char kMagic[] = "LOCOSTAT";
+constexpr std::string_view kMagic = "LOCOSTAT";
 constexpr size_t kVersionAt = 8;
 constexpr size_t kHeaderBytesAt = 12;
 constexpr size_t kBundleAt = 16;
@@ -41,7 +42,7 @@ void store_int64(uint8_t* bytes, int64_t value) { std::memcpy(bytes, &value, siz
 void seal_state(const Manifest& m, uint8_t* state) {
   const uint32_t version = kStateSchemaVersion;
   const uint32_t header_bytes = kStateHeaderBytes;
-  std::memcpy(state, kMagic, 8);
+  std::memcpy(state, kMagic.data(), kMagic.size());
   std::memcpy(state + kVersionAt, &version, sizeof version);
   std::memcpy(state + kHeaderBytesAt, &header_bytes, sizeof header_bytes);
   std::memcpy(state + kBundleAt, m.bundle_digest.data(), m.bundle_digest.size());
@@ -56,8 +57,9 @@ void check_state_header(const Manifest& m, const uint8_t* header, uint64_t size)
     fail(LOCOCO_ERROR_CORRUPT, "state: expected %llu bytes, got %llu; it was cut short",
          static_cast<unsigned long long>(expected_size), static_cast<unsigned long long>(size));
   }
-  if (std::memcmp(header, kMagic, 8) != 0)
-    fail(LOCOCO_ERROR_CORRUPT, "state: expected it to start with %s; this is no saved state", kMagic);
+  if (std::memcmp(header, kMagic.data(), kMagic.size()) != 0) {
+    fail(LOCOCO_ERROR_CORRUPT, "state: expected it to start with %s; this is no saved state", kMagic.data());
+  }
   if (const auto version = load<uint32_t>(header + kVersionAt); version != kStateSchemaVersion) {
     fail(LOCOCO_ERROR_VERSION, "state: schema version: expected %d, got %u; use the release that wrote it",
          kStateSchemaVersion, version);

@@ -57,8 +57,8 @@ typedef struct lococo_options {
   const char* device;          /* "cpu" (default) */
   const char* backend;         /* "onnxruntime" (default) */
   const char* backend_library; /* path of libonnxruntime; default: $LOCOCO_ONNXRUNTIME, then the loader's search path */
-  int32_t num_threads;         /* intra-op threads; 0 = one per physical core. The first model opened decides for the process */
-  int32_t skip_hashes;         /* 1 = check file sizes only, not their sha256 */
+  int32_t num_threads; /* intra-op threads; 0 = one per physical core. The first model decides for the process */
+  int32_t skip_hashes; /* 1 = check file sizes only, not their sha256 */
 } lococo_options;
 
 typedef struct lococo_model_info {
@@ -67,13 +67,13 @@ typedef struct lococo_model_info {
   int32_t num_layers;
   int32_t num_kv_heads;
   int32_t head_dim;
-  int32_t mem_size;          /* M: slots left by a fusion */
-  int32_t capacity;          /* M + buffer: the most slots that are live between calls */
-  int32_t block_size;        /* B: the most tokens of one forward */
-  uint64_t state_bytes;      /* bytes of one state: what state_get writes, less its header */
-  uint64_t session_bytes;    /* all memory a session allocates itself, buffers for one forward included */
-  const char* bundle_id;     /* 64 hex digits */
-  const char* dtype;         /* "float32", "float16", "bfloat16" */
+  int32_t mem_size;       /* M: slots left by a fusion */
+  int32_t capacity;       /* M + buffer: the most slots that are live between calls */
+  int32_t block_size;     /* B: the most tokens of one forward */
+  uint64_t state_bytes;   /* bytes of one state: what state_get writes, less its header */
+  uint64_t session_bytes; /* all memory a session keeps for itself, buffers for one forward included */
+  const char* bundle_id;  /* 64 hex digits */
+  const char* dtype;      /* "float32", "float16", "bfloat16" */
 } lococo_model_info;
 
 /* Zero-initialise, set struct_size, then what you need: all zero is greedy decoding. */
@@ -129,7 +129,7 @@ LOCOCO_API lococo_status lococo_session_logits(lococo_session* session, const fl
 LOCOCO_API lococo_status lococo_session_sample(lococo_session* session, const lococo_sampling_params* params,
                                                int32_t* id);
 /* Samples and steps until max_tokens tokens, an end-of-sequence token, or a non-zero return of on_token (may be NULL).
- * The last token sampled has not been read yet: step it, or prefill it with the next text. num_generated may be NULL. */
+ * The last token sampled has not been read yet: step it or prefill it with the next text. num_generated may be NULL. */
 LOCOCO_API lococo_status lococo_session_generate(lococo_session* session, const lococo_sampling_params* params,
                                                  int32_t max_tokens, lococo_token_fn on_token, void* user,
                                                  int32_t* num_generated);

@@ -199,8 +199,9 @@ void reading() {
       CHECK_EQ(fused, fusions);
       const std::vector<float> logits = s.logits();
       float worst = 0;
-      for (size_t i = 0; i < logits.size(); ++i)
+      for (size_t i = 0; i < logits.size(); ++i) {
         worst = std::max(worst, std::abs(logits[i] - all[all.size() - logits.size() + i]));
+      }
       CHECK(worst < (info.dtype == std::string("float32") ? 1e-4f : 0.1f));
       CHECK(std::none_of(all.begin(), all.end(), [](float x) { return std::isnan(x); }));
 

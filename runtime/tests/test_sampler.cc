@@ -29,8 +29,9 @@ std::map<int, double> reference(const std::vector<float>& logits, const lococo_s
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] > logits[b]; });
   if (p.top_k > 0 && p.top_k < static_cast<int>(order.size())) order.resize(static_cast<size_t>(p.top_k));
   std::vector<double> weights;
-  for (const int id : order)
+  for (const int id : order) {
     weights.push_back(std::exp((static_cast<double>(logits[id]) - logits[order[0]]) / p.temperature));
+  }
   const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
   size_t n = order.size();
   if (p.top_p > 0 && p.top_p < 1) {
