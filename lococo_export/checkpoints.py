@@ -244,6 +244,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise NotFoundError(f"{path}: not found; expected a Hugging Face model directory") from e
+    except OSError as e:
+        raise storage_error(e, path) from e
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise CorruptError(f"{path}: not valid JSON: {e}; download or write it again") from e
     if not isinstance(document, dict):
@@ -274,33 +276,36 @@ def _read_geometry(root: Path) -> tuple[ModelGeometry, int | None]:
     if c.get("head_dim") is None and (heads < 1 or hidden % heads):
         raise CorruptError(f"{path}: head_dim is not given and hidden_size={hidden} is no multiple of {heads} heads")
     eps = c.get("rms_norm_eps", 1e-6)
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
-        raise CorruptError(f"{path}: rms_norm_eps: expected a number, got {eps!r}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < 1:
+        raise CorruptError(f"{path}: rms_norm_eps: expected a small number, got {eps!r}")
     # mistral and qwen2 ignore attention_bias, only llama reads mlp_bias: as transformers builds them
     bias = bool(c.get("attention_bias", False)) and family in ("llama", "qwen3")
     generation = _read_json(root / "generation_config.json") if (root / "generation_config.json").exists() else {}
     head_dim = integer("head_dim", hidden // max(heads, 1))
     rope = _read_rope(c, path)
-    geometry = ModelGeometry(
-        family=family,
-        vocab_size=integer("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=integer("intermediate_size"),
-        num_layers=integer("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=integer("num_key_value_heads", heads),
-        head_dim=head_dim,
-        rms_norm_eps=float(eps),
-        rope=rope,
-        tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
-        qkv_bias=bias or family == "qwen2",
-        output_bias=bias,
-        mlp_bias=bool(c.get("mlp_bias", False)) and family == "llama",
-        qk_norm=family == "qwen3",
-        bos_token_id=_first(_token_ids(generation, c, "bos_token_id", path)),
-        eos_token_ids=_token_ids(generation, c, "eos_token_id", path),
-    )
-    inverse_frequencies(rope, head_dim)  # refuses what it cannot do
+    try:
+        geometry = ModelGeometry(
+            family=family,
+            vocab_size=integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=integer("intermediate_size"),
+            num_layers=integer("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=integer("num_key_value_heads", heads),
+            head_dim=head_dim,
+            rms_norm_eps=float(eps),
+            rope=rope,
+            tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
+            qkv_bias=bias or family == "qwen2",
+            output_bias=bias,
+            mlp_bias=bool(c.get("mlp_bias", False)) and family == "llama",
+            qk_norm=family == "qwen3",
+            bos_token_id=_first(_token_ids(generation, c, "bos_token_id", path)),
+            eos_token_ids=_token_ids(generation, c, "eos_token_id", path),
+        )
+        inverse_frequencies(rope, head_dim)  # refuses what it cannot do
+    except (ConfigError, UnsupportedModelError) as e:
+        raise type(e)(f"{path}: {e}") from e
     return geometry, _read_window(c, family, path)
 
 
@@ -451,8 +456,8 @@ def _refuse_lora(root: Path, names: Mapping[str, object]) -> None:
     lora = sorted(n for n in names if n.startswith("base_model.model.") or ".lora_A." in n or ".lora_B." in n)
     if lora:
         raise CheckpointError(
-            f"{root}: {len(lora)} tensor(s) of an unmerged LoRA training state, {lora[0]} among them; merge the adapters"
-            " into the model first (merge_and_unload in peft) and save that"
+            f"{root}: {len(lora)} tensor(s) of an unmerged LoRA training state, {lora[0]} among them; merge the"
+            " adapters into the model first (merge_and_unload in peft) and save that"
         )
 
 
@@ -502,9 +507,8 @@ def _check_model(g: ModelGeometry, entries: dict[str, _Entry], problems: list[st
         del entries[name]  # a buffer that old releases saved; config.json says the same
     if g.tie_word_embeddings and "lm_head.weight" in entries and "model.embed_tokens.weight" in entries:
         head, embedding = entries.pop("lm_head.weight"), entries["model.embed_tokens.weight"]
-        if head.shape != embedding.shape or not torch.equal(
-            head.load("lm_head.weight"), embedding.load("model.embed_tokens.weight")
-        ):
+        same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+        if not same or not torch.equal(head.load("lm_head.weight"), embedding.load("model.embed_tokens.weight")):
             problems.append("lm_head.weight: differs from the embedding, but config.json says tie_word_embeddings")
     expected = expected_tensors(g)
     problems += [f"{n}: missing, expected shape {list(s)}" for n, s in expected.items() if n not in entries]
@@ -590,13 +594,15 @@ def _read_heads(
         for (weight, bias), like in zip(convs.values(), first, strict=True):
             shape = tensors.shape(weight)
             # the first layer says how many channels come out and how wide the kernel is, all others follow it
-            expected = (like[0], channels, first[0][2]) if len(like) == 3 and len(first[0]) == 3 else None
-            if shape != expected:
+            expected = (like[0], channels, first[0][2]) if len(like) == len(first[0]) == 3 else None
+            if shape != expected or 0 in shape:
                 wanted = list(expected or ("out", channels, "k"))
                 problems.append(f"{weight}: expected shape {wanted}, got {list(shape)}")
             if tensors.shape(bias) != like[:1]:
                 problems.append(f"{bias}: expected shape {list(like[:1])}, got {list(tensors.shape(bias))}")
             channels = like[0] if like else 0
+    if problems:
+        return (), stride
     mixed, hidden = first[-1][0], {s[0] for s in first[:-1]}
     if len(hidden) > 1 or any(h % mixed for h in hidden):
         problems.append(f"fusion heads: expected inner convs of one multiple of {mixed} channels, got {sorted(hidden)}")

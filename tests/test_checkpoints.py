@@ -319,9 +319,10 @@ def test_end_tokens_of_the_generation_config_come_first(plain: Path) -> None:
         ({"hidden_act": "gelu"}, UnsupportedModelError, "hidden_act: expected 'silu', got 'gelu'"),
         ({"hidden_size": ...}, CorruptError, r"config\.json: hidden_size: expected an integer, got None"),
         ({"vocab_size": "96"}, CorruptError, "vocab_size: expected an integer, got '96'"),
-        ({"rms_norm_eps": "x"}, CorruptError, "rms_norm_eps: expected a number"),
+        ({"rms_norm_eps": "x"}, CorruptError, "rms_norm_eps: expected a small number"),
+        ({"rms_norm_eps": float("nan")}, CorruptError, "rms_norm_eps: expected a small number, got nan"),
         ({"head_dim": ..., "num_attention_heads": 5}, CorruptError, "head_dim is not given"),
-        ({"num_key_value_heads": 3}, ConfigError, "num_heads: expected a multiple of num_kv_heads=3"),
+        ({"num_key_value_heads": 3}, ConfigError, r"config\.json: num_heads: expected a multiple of num_kv_heads=3"),
         ({"rope_parameters": 7}, CorruptError, "rope_parameters: expected an object"),
         ({"rope_parameters": {"full_attention": {}}}, UnsupportedModelError, "differ between layers"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedModelError, "whole text"),
@@ -365,6 +366,8 @@ def test_malformed_files(plain: Path) -> None:
     refused(CorruptError, r"config\.json: not valid JSON", plain)
     (plain / "config.json").unlink()
     refused(NotFoundError, r"config\.json: not found", plain)
+    (plain / "config.json").mkdir()
+    refused(StorageError, r"config\.json: Is a directory", plain)
 
 
 def test_truncated_weights(plain: Path) -> None:
@@ -428,8 +431,9 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     edit_tensors(tmp_path, {"lm_head.weight": embedding.clone()})
     assert "lm_head.weight" not in h2o(tmp_path).tensors
-    edit_tensors(tmp_path, {"lm_head.weight": embedding + 1})
-    refused(CheckpointError, "lm_head.weight: differs from the embedding", tmp_path, policy="h2o")
+    for other in (embedding + 1, embedding.half(), embedding[:5].clone()):
+        edit_tensors(tmp_path, {"lm_head.weight": other})
+        refused(CheckpointError, "lm_head.weight: differs from the embedding", tmp_path, policy="h2o")
     edit_tensors(tmp_path, {"lm_head.weight": None})
     edit_config(tmp_path, tie_word_embeddings=False)
     refused(CheckpointError, r"lm_head.weight: missing, expected shape \[96, 32\]", tmp_path, policy="h2o")
@@ -506,12 +510,27 @@ def test_convolutions_without_activation(plain: Path) -> None:
         ({f"{SAVER}.layers.2.gain": torch.ones(6)}, f"{SAVER}.layers.2.gain: unexpected among the fusion heads"),
         ({SAVER.replace("1", "2") + ".normalizer": torch.ones(1)}, "unexpected among the fusion heads of 2 layers"),
         ({f"{SAVER}.layers.0.weight": torch.ones(12, 16, 5).int()}, "got dtype I32"),
+        ({f"{SAVER.replace('1', '0')}.layers.2.weight": torch.tensor(1.0)}, "got []"),
+        ({f"{SAVER.replace('1', '0')}.layers.2.weight": torch.ones(0, 12, 5)}, "got [0, 12, 5]"),
+        ({f"{SAVER.replace('1', '0')}.layers.0.weight": torch.ones(9, 16, 5)}, "got [12, 16, 5]"),
         ({f"{SAVER.replace('1', '0')}.layers.0.weight": torch.ones(12, 16)}, "got [12, 16]"),
     ],
 )
 def test_damaged_heads(merged: Path, changes: dict[str, torch.Tensor | None], text: str) -> None:
     edit_tensors(merged, changes)
     refused(CheckpointError, re.escape(text), merged, **MERGED)
+
+
+def test_inner_convolutions_of_different_width(plain: Path) -> None:
+    cache = small_cache(num_conv_layers=3, conv_expand=2)
+    add_merged_heads(plain, cache, random_heads(h2o(plain).geometry, cache))
+    changes: dict[str, torch.Tensor | None] = {}
+    for i in (0, 1):
+        saver = f"model.layers.{i}.self_attn.memory_saver.layers"
+        changes |= {f"{saver}.0.weight": torch.ones(15, 16, 5), f"{saver}.0.bias": torch.ones(15)}
+        changes |= {f"{saver}.2.weight": torch.ones(10, 15, 5)}
+    edit_tensors(plain, changes)
+    refused(CheckpointError, r"expected inner convs of one multiple of 5 channels, got \[10, 15\]", plain)
 
 
 def test_even_kernels(plain: Path) -> None:
