@@ -41,13 +41,18 @@ class GoldenCase:
         return [int(n) for n in self.io["chunk_lens"]]
 
 
+def _read(path: Path) -> bytes:
+    """A file, or its .xz beside where it would be."""
+    return path.read_bytes() if path.exists() else lzma.decompress(path.with_name(f"{path.name}.xz").read_bytes())
+
+
 def unpack_golden(name: str, target: Path) -> GoldenCase:
     """Unpacks case `name` into the directory `target`, which becomes a checkpoint directory."""
     source = GOLDEN / name
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
-    (target / "model.safetensors").write_bytes(lzma.decompress((source / "model.safetensors.xz").read_bytes()))
-    with np.load(io.BytesIO(lzma.decompress((source / "io.npz.xz").read_bytes()))) as arrays:
+    (target / "model.safetensors").write_bytes(_read(source / "model.safetensors"))
+    with np.load(io.BytesIO(_read(source / "io.npz"))) as arrays:
         return GoldenCase(name, target, json.loads((source / "args.json").read_text()), dict(arrays))
 
 
