@@ -79,6 +79,10 @@ Digest sha256_file(const std::string& path) {
 }
 
 void write_file_atomically(const std::string& path, const std::vector<uint8_t>& bytes) {
+  // A rename would replace a device node such as /dev/full by a file.
+  struct stat existing = {};
+  if (::stat(path.c_str(), &existing) == 0 && !S_ISREG(existing.st_mode))
+    fail(LOCOCO_ERROR_IO, "%s: exists and is no regular file; choose another path", path.c_str());
   static std::atomic<unsigned> counter{0};
   const std::string staging = format("%s.%d-%u.tmp", path.c_str(), static_cast<int>(::getpid()), counter++);
   const int fd = open_retrying(staging.c_str(), O_WRONLY | O_CREAT | O_EXCL, 0666);

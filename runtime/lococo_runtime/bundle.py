@@ -98,8 +98,8 @@ class LococoConfig:
             return
         _require(
             self.num_mixed >= 1,
-            f"no mixed slot is left: mem_size={self.mem_size} and keep={self.keep} give 0: mem_size * (1 - hh_keep_rate) is"
-            " truncated, so raise mem_size or lower the keep rate, or use policy h2o",
+            f"no mixed slot is left: mem_size={self.mem_size} and keep={self.keep} give 0: "
+            "mem_size * (1 - hh_keep_rate) is truncated, so raise mem_size or lower the keep rate, or use policy h2o",
         )
         _require(
             self.kernel_size >= 1 and self.kernel_size % 2 == 1,

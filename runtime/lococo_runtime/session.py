@@ -183,8 +183,7 @@ class Session:
         """A copy of the float32 logits after the last token read, (V). Raises InvalidArgumentError when empty."""
         pointer = c._FLOATS()
         c.call("lococo_session_logits", self._open(), ctypes.byref(pointer))
-        view: Logits = np.ctypeslib.as_array(pointer, (self.model.vocab_size,))
-        return view.copy()
+        return np.array(np.ctypeslib.as_array(pointer, (self.model.vocab_size,)), np.float32)
 
     def sample(self, params: SamplingParams | None = None) -> int:
         """Chooses a token from the current logits; reads nothing."""
