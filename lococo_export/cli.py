@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lococo_runtime import InvalidArgumentError
+from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import ACTIVATIONS, POLICIES
 from lococo_runtime.cli import guarded
 
@@ -68,7 +68,7 @@ def _export(args: argparse.Namespace) -> int:
         print(f"  {step}", file=sys.stderr)
 
     manifest = export_bundle(checkpoint, output, dtype=dtype, force=args.force, progress=show)
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak_mib = memory_bytes("VmHWM") / 2**20
     print(
         f"{output}: {config.policy}, {config.mem_size} slots, {args.dtype}, state {manifest.state_bytes:,} bytes,"
         f" {time.perf_counter() - start:.1f} s, peak memory {peak_mib:,.0f} MiB"

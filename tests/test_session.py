@@ -26,6 +26,7 @@ from lococo_runtime import (
     UnsupportedError,
     VersionError,
 )
+from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import LococoConfig
 from tiny_models import make_model, random_heads
 
@@ -145,6 +146,18 @@ def test_state_size_is_constant_and_promised(bundle: Path, tmp_path: Path) -> No
         assert len(sizes) == 1
         assert session.state_bytes == session.model.manifest.state_bytes
         assert 0 < sizes.pop() - session.state_bytes < 256  # the header
+
+
+def test_memory_is_flat_over_50_000_tokens(session: Session) -> None:
+    session.prefill(text(2_000))
+    for token in text(2_000):
+        session.step(token)
+    before = memory_bytes("RssAnon")
+    session.prefill(text(30_000))
+    for token in text(20_000):
+        session.step(token)
+    assert session.position == 54_000
+    assert memory_bytes("RssAnon") - before < 1_000_000
 
 
 def test_reset_forgets_everything(session: Session) -> None:

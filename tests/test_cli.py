@@ -1,0 +1,139 @@
+"""The commands, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lococo_runtime import LLM, InvalidArgumentError, NotFoundError, SamplingParams, Session
+from lococo_runtime.cli import inspect_main, run_main
+from lococo_runtime.llm import stream_text
+from tiny_models import edit_tensors, make_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lococo_export.cli import export_main, verify_main
+
+FLAGS = ["--policy", "h2o", "--mem-size", "24", "--block-size", "16"]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, 256 in all: a character outside ASCII takes several."""
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    make_model(path, vocab_size=256)
+    byte_tokenizer().save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("bundle") / "bundle"
+    assert export_main(["--model", str(checkpoint), "-o", str(target), *FLAGS]) == 0
+    return target
+
+
+@pytest.mark.parametrize("main", [export_main, verify_main, run_main, inspect_main])
+def test_help_fits_one_screen(
+    main: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["--help"])  # type: ignore[operator]
+    assert len(capsys.readouterr().out.splitlines()) <= 40
+
+
+def test_export_says_what_it_made(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "bundle"
+    assert export_main(["--model", str(checkpoint), "-o", str(target), "--fp16", *FLAGS]) == 0
+    assert re.search(r"h2o, 24 slots, fp16, state [\d,]+ bytes", capsys.readouterr().out)
+    assert export_main(["--model", str(checkpoint), "-o", str(target), *FLAGS]) == 1
+    assert "--force" in capsys.readouterr().err
+
+
+def test_export_without_policy_says_what_to_do(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export_main(["--model", str(checkpoint), "-o", str(tmp_path / "b")]) == 1
+    assert "--policy h2o" in capsys.readouterr().err
+
+
+def test_inspect_is_readable(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_main([str(bundle)]) == 0
+    out = capsys.readouterr().out
+    for expected in ("llama", "h2o", "24 after a fusion", "bytes a session", "decoder_1.onnx"):
+        assert expected in out
+    assert inspect_main([str(bundle / "nowhere")]) == 1
+
+
+def test_run_continues_a_prompt_and_a_file(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "book.txt").write_text("Call me Ishmael. " * 20)
+    state = str(tmp_path / "state")
+    common = [str(bundle), "--max-tokens", "8"]
+    assert run_main([*common, "--file", str(tmp_path / "book.txt"), "--prompt", "?", "--save-state", state]) == 0
+    first = capsys.readouterr()
+    assert "read 341 tokens" in first.err
+    assert run_main([*common, "--load-state", state]) == 0
+    assert capsys.readouterr().out == first.out
+    assert run_main(common) == 1
+    assert "--prompt" in capsys.readouterr().err
+    assert run_main([*common, "--file", str(tmp_path / "missing.txt")]) == 1
+
+
+def test_verify_agrees_and_names_what_does_not(
+    bundle: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--prompt-tokens", "100", "--steps", "60"]
+    assert verify_main([str(bundle), "--model", str(checkpoint), *short]) == 0
+    assert "agrees" in capsys.readouterr().out
+
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in checkpoint.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    edit_tensors(other, {"model.layers.1.self_attn.v_proj.weight": torch.zeros(16, 32)})
+    assert verify_main([str(bundle), "--model", str(other), *short]) == 1
+    out = capsys.readouterr().out
+    assert "past_key_values.1.value" in out
+    assert "forward 1 " in out
+
+    edited = json.loads((checkpoint / "config.json").read_text()) | {"rms_norm_eps": 0.1}
+    (other / "config.json").write_text(json.dumps(edited))
+    assert verify_main([str(bundle), "--model", str(other), *short]) == 1
+    assert "rms_norm_eps" in capsys.readouterr().err
+
+
+def test_llm_and_session_say_the_same(bundle: Path) -> None:
+    with LLM(bundle) as llm:
+        params = SamplingParams(max_tokens=12, ignore_eos=True)
+        out = llm.generate("Hello", params)
+        assert (len(out.token_ids), out.finish_reason) == (12, "length")
+        assert "".join(llm.generate_stream("Hello", params)) == out.text.rstrip("�")
+        with Session(bundle) as session:
+            ids = llm.tokenizer.encode("Hello").ids
+            assert list(session.generate(ids, params)) == out.token_ids
+        with pytest.raises(InvalidArgumentError, match="empty"):
+            llm.generate("")
+
+
+def test_streaming_never_splits_a_character() -> None:
+    tokenizer = byte_tokenizer()
+    text = "naïve 漢字 🙂!"
+    pieces = list(stream_text(tokenizer, iter(tokenizer.encode(text).ids)))
+    assert "".join(pieces) == text
+    assert all("�" not in piece for piece in pieces)
+
+
+def test_llm_needs_a_tokenizer(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"tokenizer\.json"):
+        LLM(tmp_path)
