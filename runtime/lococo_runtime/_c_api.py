@@ -115,7 +115,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def library_path() -> Path:
-    """Where the C library is: $LOCOCO_LIBRARY, or beside this package.
+    """Where the C library is: $LOCOCO_LIBRARY, or in this package's lib folder.
 
     Raises:
         NotFoundError: listing every path that was tried.
@@ -124,7 +124,7 @@ def library_path() -> Path:
     # an editable install leaves the sources in place and the library in site-packages
     spec = importlib.util.find_spec("lococo_runtime")
     folders = list(spec.submodule_search_locations or []) if spec else []
-    tried = [Path(p) / name for p in dict.fromkeys([str(Path(__file__).parent), *folders])]
+    tried = [Path(p) / "lib" / name for p in dict.fromkeys([str(Path(__file__).parent), *folders])]
     if explicit := os.environ.get("LOCOCO_LIBRARY"):
         tried = [Path(explicit)]
     for path in tried:
