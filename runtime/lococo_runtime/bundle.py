@@ -495,17 +495,19 @@ def storage_error(e: OSError, path: str | os.PathLike[str]) -> StorageError:
 
 
 @contextlib.contextmanager
-def publish_directory(target: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+def publish_directory(
+    target: str | os.PathLike[str], *, force: bool = False, marker: str = MANIFEST_NAME
+) -> Iterator[Path]:
     """Yields a staging directory beside `target`; on success it is fsynced and renamed to `target` under a lock.
 
     On any exception the staging directory is removed and `target` is as it was.
 
     Raises:
-        TargetExistsError: `target` exists and `force` is not given, or it is not a bundle (never replaced).
+        TargetExistsError: `target` exists and `force` is not given, or it has no file `marker` (never replaced).
         StorageError, NoSpaceError: read-only target, full disk.
     """
     target = Path(target).absolute()
-    _check_replaceable(target, force)
+    _check_replaceable(target, force, marker)
     staging = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -514,7 +516,7 @@ def publish_directory(target: str | os.PathLike[str], *, force: bool = False) ->
         yield staging
         _fsync_tree(staging)
         with _locked(target.parent / f".{target.name}.lock"):
-            _check_replaceable(target, force)
+            _check_replaceable(target, force, marker)
             if target.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
                 os.replace(target, old)
@@ -532,13 +534,13 @@ def publish_directory(target: str | os.PathLike[str], *, force: bool = False) ->
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_replaceable(target: Path, force: bool) -> None:
+def _check_replaceable(target: Path, force: bool, marker: str) -> None:
     if not target.exists():
         return
     if not force:
         raise TargetExistsError(f"{target}: already exists; pass --force to replace it, or choose another target")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST_NAME).exists()):
-        raise TargetExistsError(f"{target}: exists and is not a bundle; refusing to replace it even with --force")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / marker).exists()):
+        raise TargetExistsError(f"{target}: exists and has no {marker}; refusing to replace it even with --force")
 
 
 @contextlib.contextmanager
