@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import onnx
 import pytest
 import torch
 from conftest import GoldenCase
-from lococo_runtime import CheckpointError, InvalidArgumentError, NoSpaceError, Session, TargetExistsError
+from lococo_runtime import CheckpointError, InvalidArgumentError, NoSpaceError, Session, StorageError, TargetExistsError
 from lococo_runtime.bundle import LococoConfig, forward_widths, read_manifest, sha256_file
 from tiny_models import VARIANTS, edit_tensors, make_model, random_heads
 
@@ -163,6 +164,21 @@ def test_float16_session_follows_float32(golden: GoldenCase, tmp_path: Path) -> 
     assert cosine.min() > 0.999
 
 
+@pytest.mark.skipif("LOCOCO_LARGE_TESTS" not in os.environ, reason="LOCOCO_LARGE_TESTS=1 runs it: 6 GB of disk")
+def test_model_over_two_gigabytes(tmp_path: Path) -> None:
+    """Weights beyond protobuf's 2 GB limit and beyond 32-bit offsets."""
+    large = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 12, "vocab_size": 120_000}
+    model = make_model(tmp_path / "model", "llama", num_attention_heads=16, head_dim=128, **large)
+    export_bundle(load_checkpoint(tmp_path / "model", policy="h2o", mem_size=64), tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "model.onnx.data").stat().st_size > 2**32
+    ids = [5, 100_000, 7]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0, -1].numpy()
+    with Session(tmp_path / "bundle") as session:
+        session.prefill(ids[:2])
+        np.testing.assert_allclose(session.step(ids[2]), expected, rtol=0, atol=1e-3)
+
+
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +211,12 @@ def test_full_disk_leaves_nothing(golden: GoldenCase, tmp_path: Path, monkeypatc
     with pytest.raises(NoSpaceError, match="no space left"):
         export_bundle(load_checkpoint(golden.path, **golden.load_args), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["/proc/bundle", "/dev/null/bundle"])
+def test_target_that_cannot_be_written(golden: GoldenCase, target: str) -> None:
+    with pytest.raises(StorageError, match=re.escape(target)):
+        export_bundle(load_checkpoint(golden.path, **golden.load_args), target)
 
 
 def test_overflow_is_named(golden: GoldenCase, tmp_path: Path) -> None:
