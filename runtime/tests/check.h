@@ -1,6 +1,7 @@
 // check.h - all that these tests need of a framework: checks that say where and what, and a count at the end.
 #pragma once
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -12,8 +13,8 @@
 
 #include "error.h"
 
-inline int checks_done = 0;
-inline int checks_failed = 0;
+inline std::atomic<int> checks_done{0};  // tests check from several threads
+inline std::atomic<int> checks_failed{0};
 
 inline void check(bool ok, const char* file, int line, const std::string& text) {
   ++checks_done;
@@ -57,7 +58,7 @@ std::vector<const char*> parts_of(Parts... parts) {
 
 // Ends main.
 inline int finish() {
-  std::printf("%d checks, %d failed\n", checks_done, checks_failed);
+  std::printf("%d checks, %d failed\n", checks_done.load(), checks_failed.load());
   return checks_failed == 0 && checks_done > 0 ? 0 : 1;
 }
 
