@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _c_api as c
-from ._exceptions import ClosedError, InvalidArgumentError
+from ._exceptions import ClosedError, DeadSessionError, InvalidArgumentError
 from .bundle import Manifest, read_manifest
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -291,8 +292,14 @@ class Session:
         return self._handle
 
     def close(self) -> None:
-        """Frees the session, and the model if the session opened it. Closing twice is fine."""
+        """Frees the session, and the model if the session opened it. Closing twice is fine.
+
+        Raises:
+            BusyError: another thread is inside a call; nothing is freed.
+        """
         if self._handle:
+            with contextlib.suppress(DeadSessionError):
+                _ = self.position
             c.library().lococo_session_destroy(self._handle)
             self._handle = ctypes.c_void_p()
             if self._owns_model:
