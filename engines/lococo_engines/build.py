@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -406,7 +407,9 @@ class _Work:
             arguments["fp16"] = self.manifest.dtype == "float16"
             if options.precision == "prefer":
                 arguments["precision_constraints"] = "prefer"
-        config = kit.polygraphy.create_config(builder, network, **arguments)
+        with warnings.catch_warnings():  # Polygraphy calls what newer versions deprecate
+            warnings.simplefilter("ignore", DeprecationWarning)
+            config = kit.polygraphy.create_config(builder, network, **arguments)
         with contextlib.suppress(AttributeError):
             config.clear_flag(kit.trt.BuilderFlag.TF32)  # float32 means float32
         if kit.flavour == "tensorrt_rtx":

@@ -132,9 +132,9 @@ def parse_recipe(text: str, name: str) -> Recipe:
 
 def builtin_recipes() -> dict[str, Recipe]:
     """Every recipe that comes with the package, by name."""
-    files = sorted(resources.files(__package__).joinpath("recipes").iterdir(), key=lambda f: f.name)
-    names = [(f, f.name.removesuffix(".toml")) for f in files if f.name.endswith(".toml")]
-    return {name: parse_recipe(f.read_text(encoding="utf-8"), name) for f, name in names}
+    directory = resources.files(__package__).joinpath("recipes")
+    files = {f.name.removesuffix(".toml"): f for f in directory.iterdir() if f.name.endswith(".toml")}
+    return {name: parse_recipe(files[name].read_text(encoding="utf-8"), name) for name in sorted(files)}
 
 
 def load_recipe(name: str) -> Recipe:
