@@ -60,6 +60,7 @@ class GraphWriter:
 
         x = t.op("Gather", "model.embed_tokens.weight", "input_ids")  # (b, w, hidden)
         x = t.reshape(x, b * w, m.hidden_size)
+        received_scores = []
         for i in range(m.num_layers):
             t.scope = f"layers.{i}."
             layer = f"model.layers.{i}"
@@ -71,15 +72,8 @@ class GraphWriter:
             key = t.op("RotateHalf", k, cos, sin, domain=DOMAIN, output=f"new_key_values.{i}.key")
             past = [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
             inputs = [q, *past, key, value, mask, *([rows] if rows else [])]
-            decays = self.cache.score_decay > 0
-            out, scores = t.ops(
-                "SlotAttention", inputs, [None, None if decays else f"scores.{i}"], domain=DOMAIN
-            )  # (b, h*g, w, d), (b, h, s)
-            if decays:
-                old = t.op("Mul", f"past_scores.{i}", t.constant(self.cache.score_decay, "float32"))
-                fresh = t.constant(np.zeros((b, m.num_kv_heads, w)), "float32")
-                old = t.op("Concat", old, fresh, axis=2)
-                t.op("Add", scores, old, output=f"scores.{i}")
+            out, received = t.ops("SlotAttention", inputs, [None, None], domain=DOMAIN)  # (b, h*g, w, d), (b, h, 1, s)
+            received_scores.append(received)
             if w > 1:
                 out = t.op("Transpose", out, perm=[0, 2, 1, 3])
             out = t.reshape(out, b * w, m.num_heads * d)
@@ -96,7 +90,21 @@ class GraphWriter:
             last = t.op("Add", "num_tokens", t.constant(np.arange(b) * w - 1, "int32"))  # (b)
             x = t.op("Gather", x, last)  # (b, hidden)
         t.cast(self._logits(t, x), "float32", output="logits")
+        # Last, and the first layer's last of all: ONNX Runtime orders nodes from the last leaf backwards, and would
+        # otherwise keep every layer's attention probabilities until the end, 150 MB for a block of SmolLM2.
+        for i, received in reversed(list(enumerate(received_scores))):
+            self._scores(t, received, i, w)
         return t, functions
+
+    def _scores(self, t: NodeList, received: str, i: int, w: int) -> None:
+        """scores.{i} (b, h, s) from what the columns received (b, h, 1, s) and, where scores accumulate, the past."""
+        b, h, c, decay = self.batch, self.model.num_kv_heads, self.cache.capacity, self.cache.score_decay
+        if decay == 0:
+            t.reshape(received, b, h, c + w, output=f"scores.{i}")
+            return
+        old = t.op("Mul", f"past_scores.{i}", t.constant(decay, "float32"))
+        old = t.op("Concat", old, t.constant(np.zeros((b, h, w)), "float32"), axis=2)
+        t.op("Add", t.reshape(received, b, h, c + w), old, output=f"scores.{i}")
 
     def _linear(self, t: NodeList, x: str, name: str, output: str | None = None) -> str:
         """(rows, in) -> (rows, out); the weight stays (out, in) as in the checkpoint, tied or not."""
@@ -380,7 +388,7 @@ class GraphWriter:
         """Attention over the state's columns and the new ones, and the score that every column collects.
 
         query (b, h*g, w, d), past_* (b, h, c, d), new_* (b, h, w, d), mask (b, 1, 1, w, s), rows (b, 1, 1, g*w)
-        -> out (b, h*g, w, d), scores (b, h, s) float32: probabilities summed over real queries and the group.
+        -> out (b, h*g, w, d), received (b, h, 1, s) float32: probabilities summed over real queries and the group.
         """
         t, b, h, g, d = NodeList(), self.batch, self.model.num_kv_heads, self.group, self.model.head_dim
         c = self.cache.capacity
@@ -393,13 +401,13 @@ class GraphWriter:
         logits = t.op("Add", t.reshape(logits, b, h, g, w, c + w), "mask")
         p = t.reshape(t.op("Softmax", logits, axis=-1), b, h, g * w, c + w)
         if w > 1:
-            t.reshape(t.op("MatMul", "rows", p), b, h, c + w, output="scores")
+            t.op("MatMul", "rows", p, output="received")
         else:
-            t.op("ReduceSum", p, t.shape(2), keepdims=0, output="scores")
+            t.op("ReduceSum", p, t.shape(2), keepdims=1, output="received")
         p_past, p_new = t.ops("Split", [self._to_model(t, p), t.shape(c, w)], [None, None], axis=-1)
         out = t.op("Add", t.op("MatMul", p_past, "past_value"), t.op("MatMul", p_new, "new_value"))
         t.reshape(out, b, h * g, w, d, output="out")
-        return t.function("SlotAttention", inputs, ["out", "scores"], "attention over cache slots and new tokens")
+        return t.function("SlotAttention", inputs, ["out", "received"], "attention over cache slots and new tokens")
 
 
 def write_weights(
