@@ -198,7 +198,7 @@ def test_force_never_replaces_something_else(golden: GoldenCase, tmp_path: Path)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     checkpoint = load_checkpoint(golden.path, **golden.load_args)
-    with pytest.raises(TargetExistsError, match="not a bundle"):
+    with pytest.raises(TargetExistsError, match=r"no lococo\.json"):
         export_bundle(checkpoint, tmp_path / "home", force=True)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
 

@@ -7,6 +7,7 @@ schema, checks it, and publishes a directory atomically. It imports the standard
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -517,13 +518,11 @@ def publish_directory(
         _fsync_tree(staging)
         with _locked(target.parent / f".{target.name}.lock"):
             _check_replaceable(target, force, marker)
-            if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-                os.replace(target, old)
+            if not (target.exists() and _exchange(staging, target)):
+                if target.exists():
+                    os.replace(target, f"{staging}.old")
                 os.replace(staging, target)
-                shutil.rmtree(old)
-            else:
-                os.replace(staging, target)
+                shutil.rmtree(f"{staging}.old", ignore_errors=True)
             _fsync(target.parent)
     except OSError as e:
         if isinstance(e, StorageError | NotFoundError):
@@ -541,6 +540,15 @@ def _check_replaceable(target: Path, force: bool, marker: str) -> None:
         raise TargetExistsError(f"{target}: already exists; pass --force to replace it, or choose another target")
     if not target.is_dir() or (any(target.iterdir()) and not (target / marker).exists()):
         raise TargetExistsError(f"{target}: exists and has no {marker}; refusing to replace it even with --force")
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two directories in one step, so that no reader finds neither; False where the system cannot."""
+    libc = ctypes.CDLL(None)
+    current_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return hasattr(libc, "renameat2") and 0 == libc.renameat2(
+        current_directory, os.fsencode(a), current_directory, os.fsencode(b), exchange
+    )
 
 
 @contextlib.contextmanager
