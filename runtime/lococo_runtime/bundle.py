@@ -546,8 +546,9 @@ def _exchange(a: Path, b: Path) -> bool:
     """Swaps two directories in one step, so that no reader finds neither; False where the system cannot."""
     libc = ctypes.CDLL(None)
     current_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return hasattr(libc, "renameat2") and 0 == libc.renameat2(
-        current_directory, os.fsencode(a), current_directory, os.fsencode(b), exchange
+    return (
+        hasattr(libc, "renameat2")
+        and libc.renameat2(current_directory, os.fsencode(a), current_directory, os.fsencode(b), exchange) == 0
     )
 
 
