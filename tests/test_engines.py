@@ -309,8 +309,8 @@ def test_a_builder_that_does_not_start_is_explained() -> None:
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     kit = Toolkit("tensorrt", SimpleNamespace(__version__="8.6.0", Builder=null), None, SimpleNamespace(summary=str))
-    with pytest.raises(BackendError, match=r"TensorRT 8\.6\.0 does not start"):
-        kit.create_builder()
+    with pytest.raises(BackendError, match=r"TensorRT 8\.6\.0 does not start on NVIDIA H100 .*driver is too old"):
+        kit.create_builder(H100)
 
 
 def test_keys() -> None:
@@ -470,6 +470,12 @@ def test_exact_bytes_of_engines_json(engines_dir: Path) -> None:
     assert (engines_dir / "engines.json").read_text() == expected
     assert Engines.from_json(expected) == engines
     assert list_engines(engines_dir.parent.parent) == [engines_dir]
+
+
+def test_the_documentation_shows_engines_json_as_it_is() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
+    example = page.partition("```json\n")[2].partition("```")[0]
+    assert Engines.from_json(example).to_json() == example
 
 
 @pytest.mark.parametrize(

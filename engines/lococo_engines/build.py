@@ -183,7 +183,7 @@ def build_engines(
         check_files(bundle, manifest)
         with publish_directory(directory, force=force, marker=ENGINES_NAME) as staging:
             work = _Work(bundle, manifest, kit, options, target, cache)
-            builder = kit.create_builder()
+            builder = kit.create_builder(target.device)
             plans = tuple(work.build(builder, spec, staging, progress) for spec in _chosen(manifest, recipe))
             with (staging / plans[0].plan).open("rb") as f:
                 header = plan_version(f.read(64))

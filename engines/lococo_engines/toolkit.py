@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from lococo_runtime._exceptions import BackendError, InternalError, UnsupportedError
 
+from .gpu import Device
 from .preflight import release
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
@@ -75,12 +76,14 @@ class Toolkit:
             raise UnsupportedError(f"{option}: TensorRT {self.version} ({self.flavour}) does not offer it")
         return value
 
-    def create_builder(self) -> Any:
+    def create_builder(self, device: Device | None) -> Any:
         try:
-            builder = self.trt.Builder(self.log)
+            return self.trt.Builder(self.log)
         except TypeError as e:  # how the bindings report a null pointer
-            raise BackendError(f"TensorRT {self.version} does not start: {self.log.summary()}") from e
-        return builder
+            raise BackendError(
+                f"TensorRT {self.version} does not start on {device or 'this machine'}: {self.log.summary()};"
+                " CUDA error 35 means that the driver is too old for it"
+            ) from e
 
 
 def load_toolkit(flavour: str, *, verbose: bool = False) -> Toolkit:
