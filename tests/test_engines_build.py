@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 from conftest import unpack_golden
 from lococo_engines import check_engines, list_engines, read_engines
-from lococo_engines.build import Target, _timing_cache_file, build_engines, choose
+from lococo_engines.build import Target, _check_tensors, _timing_cache_file, _Work, build_engines, choose
 from lococo_engines.cli import main
 from lococo_engines.gpu import Device
+from lococo_engines.onnx_prepare import PreparedGraph
 from lococo_engines.progress import make_monitor
+from lococo_engines.toolkit import Toolkit
 from lococo_runtime import BackendError, CorruptError, NoSpaceError, StorageError, TargetExistsError, VersionError
-from lococo_runtime.bundle import read_manifest, sha256_file
+from lococo_runtime.bundle import TensorSpec, read_manifest, sha256_file
 
 from lococo_export import export_bundle, load_checkpoint
 
@@ -184,8 +186,6 @@ def test_a_graph_that_does_not_parse(bundle: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_graph_that_does_not_build(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lococo_engines.build import _Work
-
     config = _Work._config
 
     def tight(self: Any, builder: Any, network: Any, monitor: Any) -> Any:
@@ -217,6 +217,48 @@ def test_header_of_the_next_version(bundle: Path) -> None:
     plan.write_bytes(data)
     with pytest.raises(VersionError, match="expected the header of TensorRT"):
         check_engines(directory, flavour="tensorrt_rtx", tensorrt_version=trt.__version__, sm=86)
+
+
+class FakeEngine:
+    """An engine as TensorRT 8.6 reports it; what it cannot be asked on the CPU."""
+
+    num_io_tensors = 2
+    device_memory_size = 512
+
+    def get_tensor_name(self, i: int) -> str:
+        return ("x", "y")[i]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (1, 3)
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return {"x": trt.float16, "y": trt.int32}[name]
+
+
+@pytest.mark.parametrize(("extra", "workspace"), [({}, 512), ({"device_memory_size_v2": 1024}, 1024)])
+def test_tensors_and_workspace_are_the_engines_own(extra: dict[str, int], workspace: int) -> None:
+    engine = type("Engine", (FakeEngine,), extra)()
+    answers: list[Any] = [engine, None]
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: answers.pop(0))
+    module = SimpleNamespace(Runtime=lambda log: runtime, __version__="8.6.0")
+    kit = Toolkit("tensorrt", module, None, SimpleNamespace(summary=lambda: "no reason"))
+    target = Target((90,), Device(0, "NVIDIA H100", 90, "13.0", 2**36))
+    nothing: Any = None
+    work = _Work(Path(), nothing, kit, nothing, target, None)
+    tensors, found = work._inspect(None, b"", Path("decoder_1.onnx"))
+    assert tensors == {"x": TensorSpec("x", (1, 3), "float16"), "y": TensorSpec("y", (1, 3), "int32")}
+    assert found == workspace
+    with pytest.raises(BackendError, match=r"decoder_1\.onnx: TensorRT 8\.6\.0 does not load its own plan: no reason"):
+        work._inspect(None, b"", Path("decoder_1.onnx"))
+
+
+def test_a_plan_with_other_tensors_is_refused() -> None:
+    graph = PreparedGraph(b"", (TensorSpec("ids", (1,), "int64"),), (), (), 0)
+    found = {"ids": TensorSpec("ids", (1,), "int32")}
+    with pytest.raises(
+        BackendError, match=r"decoder_1\.onnx: the plan's inputs .*ids: expected .*int64.*, got .*int32"
+    ):
+        _check_tensors(graph, found, Path("decoder_1.onnx"))
 
 
 # --- the disk and other processes -------------------------------------------------------------------------------------

@@ -372,10 +372,12 @@ class _Work:
         polygraphy_error = _polygraphy_error()
         cache = os.fspath(self.timing_cache) if self.timing_cache else None
         try:
-            config = self._config(builder, network, monitor)
-            plan = self.kit.polygraphy.engine_bytes_from_network(
-                (builder, network), config=config, save_timing_cache=cache
-            )
+            with warnings.catch_warnings():  # Polygraphy calls what newer versions deprecate
+                warnings.simplefilter("ignore", DeprecationWarning)
+                config = self._config(builder, network, monitor)
+                plan = self.kit.polygraphy.engine_bytes_from_network(
+                    (builder, network), config=config, save_timing_cache=cache
+                )
         except (polygraphy_error, TypeError) as e:
             if monitor is not None and monitor.interrupted:
                 raise KeyboardInterrupt from None
@@ -407,9 +409,7 @@ class _Work:
             arguments["fp16"] = self.manifest.dtype == "float16"
             if options.precision == "prefer":
                 arguments["precision_constraints"] = "prefer"
-        with warnings.catch_warnings():  # Polygraphy calls what newer versions deprecate
-            warnings.simplefilter("ignore", DeprecationWarning)
-            config = kit.polygraphy.create_config(builder, network, **arguments)
+        config = kit.polygraphy.create_config(builder, network, **arguments)
         with contextlib.suppress(AttributeError):
             config.clear_flag(kit.trt.BuilderFlag.TF32)  # float32 means float32
         if kit.flavour == "tensorrt_rtx":
