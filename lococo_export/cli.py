@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lococo_runtime import InvalidArgumentError
+from lococo_runtime import InvalidArgumentError, UnsupportedError
 from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import ACTIVATIONS, POLICIES
 from lococo_runtime.cli import guarded
@@ -26,6 +26,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="bundle to make (default MODEL-POLICY-DTYPE)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin")
+    parser.add_argument("--no-engines", action="store_true", help="do not build TensorRT engines where there is a GPU")
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--dtype", choices=DTYPE_FLAGS, default="fp32", help="weights and cache (default fp32)")
     for flag in ("fp16", "bf16"):
@@ -73,7 +74,24 @@ def _export(args: argparse.Namespace) -> int:
         f"{output}: {config.policy}, {config.mem_size} slots, {args.dtype}, state {manifest.state_bytes:,} bytes,"
         f" {time.perf_counter() - start:.1f} s, peak memory {peak_mib:,.0f} MiB"
     )
+    if not args.no_engines:
+        _build_engines(output)
     return 0
+
+
+def _build_engines(bundle: Path) -> None:
+    """Builds TensorRT engines where there is a GPU, and says what to run where there is none."""
+    from lococo_engines import build_engines, choose
+
+    def show(step: str) -> None:
+        print(f"  {step}", file=sys.stderr)
+
+    try:
+        recipe, target = choose("auto", None, bundle)
+        print(f"building TensorRT engines here, for {target.device}; --no-engines leaves them out", file=sys.stderr)
+        print(build_engines(bundle, recipe, target, progress=show))
+    except UnsupportedError as e:
+        print(f"note: no TensorRT engines were built: {e}", file=sys.stderr)
 
 
 def verify_main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import hashlib
 import os
-import resource
 import shutil
 import time
 import warnings
@@ -28,6 +27,7 @@ from lococo_runtime._exceptions import (
     TargetExistsError,
     UnsupportedError,
 )
+from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import (
     WEIGHTS_NAME,
     GraphSpec,
@@ -351,7 +351,7 @@ class _Work:
         progress(
             f"{name}: {info.nbytes:,} bytes, {time.perf_counter() - start:.1f} s"
             + ("" if workspace is None else f", workspace {workspace:,} bytes")
-            + f", peak host memory {peak_host_mib():,.0f} MiB"
+            + f", peak host memory {memory_bytes('VmHWM') / 2**20:,.0f} MiB"
         )
         if self.target.device is not None:  # ahead of time it complains of the missing GPU, of course
             for message in self.kit.log.take_errors():
@@ -466,8 +466,3 @@ def _check_tensors(graph: PreparedGraph, found: dict[str, TensorSpec], path: Pat
     ]
     if wrong:
         raise BackendError(f"{path}: the plan's inputs and outputs are not the graph's: {'; '.join(wrong)}")
-
-
-def peak_host_mib() -> float:
-    """The most memory this process has held so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

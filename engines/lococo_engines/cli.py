@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lococo_runtime._exceptions import InvalidArgumentError
+from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import read_manifest
 from lococo_runtime.cli import guarded
 
-from .build import build_engines, choose, peak_host_mib
+from .build import build_engines, choose
 from .metadata import Engines
 from .preflight import read_engines
 from .recipe import HARDWARE_COMPATIBILITY, WEIGHTS, builtin_recipes, parse_bytes
@@ -72,7 +73,7 @@ def _build(args: argparse.Namespace) -> int:
         progress=show,
     )
     print(f"{directory}: {describe(read_engines(directory))}, {time.perf_counter() - start:.1f} s,"
-          f" peak host memory {peak_host_mib():,.0f} MiB")  # fmt: skip
+          f" peak host memory {memory_bytes('VmHWM') / 2**20:,.0f} MiB")  # fmt: skip
     return 0
 
 
