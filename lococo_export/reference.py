@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,16 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "tanh": torch.tanh,
 }
+
+
+class FusionHead(Protocol):
+    """What a fusion reads of a head: `HeadWeights`, or one that is being trained."""
+
+    @property
+    def normalizer(self) -> float | Tensor: ...  # a tensor is ()
+
+    @property
+    def convs(self) -> Sequence[tuple[Tensor, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ def select(scores: Tensor, length: Tensor, cache: LococoConfig) -> Selection:
 
 
 def mixing_logits(
-    key_rest: Tensor, value_rest: Tensor, rest_length: Tensor, head: HeadWeights, activation: str
+    key_rest: Tensor, value_rest: Tensor, rest_length: Tensor, head: FusionHead, activation: str
 ) -> Tensor:
     """The convolutions over the rest: (B, K, mc, R), before the softmax (arXiv 2406.05317).
 
@@ -149,7 +159,7 @@ def mixing_logits(
 
 
 def fuse_slots(
-    key: Tensor, value: Tensor, scores: Tensor, length: Tensor, cache: LococoConfig, head: HeadWeights | None
+    key: Tensor, value: Tensor, scores: Tensor, length: Tensor, cache: LococoConfig, head: FusionHead | None
 ) -> FusedSlots:
     """Fuses the live columns of one layer into M slots: the kept ones verbatim, then the mixed ones.
 
@@ -241,6 +251,13 @@ class Attention(nn.Module):
         valid: Tensor,  # (B, n) bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Output (B, n, hidden), new keys and values (B, K, n, d), probability received by every column (B, K, S)."""
+        query, key, value = self.project(x, cos, sin)
+        keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)  # (B, K, S, d)
+        out, received = self.attend(query, keys, values, visible, valid)
+        return out, key, value, received
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, n, d), keys and values (B, K, n, d); queries and keys after RoPE."""
         g = self.g
         batch, n, _ = x.shape
         query = self.q_proj(x).view(batch, n, g.num_heads, g.head_dim)
@@ -250,16 +267,27 @@ class Attention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query = rotate(query.transpose(1, 2), cos, sin)  # (B, H, n, d)
         key = rotate(key.transpose(1, 2), cos, sin)  # (B, K, n, d)
-        keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)  # (B, K, S, d)
+        return query, key, value
 
+    def attend(
+        self,
+        query: Tensor,  # (B, H, n, d)
+        keys: Tensor,  # (B, K, S, d)
+        values: Tensor,  # (B, K, S, d)
+        visible: Tensor,  # (B, n, S) bool
+        weight: Tensor,  # (B, n) bool or float32: what each query counts for in the scores
+    ) -> tuple[Tensor, Tensor]:
+        """Output (B, n, hidden), and the probability every column receives (B, K, S)."""
+        g = self.g
+        batch, _, n, _ = query.shape
         # query heads of a group lie side by side and share the columns of one key-value head
-        group = query.view(batch, g.num_kv_heads, -1, g.head_dim)  # (B, K, H/K * n, d)
+        group = query.reshape(batch, g.num_kv_heads, -1, g.head_dim)  # (B, K, H/K * n, d)
         weights = (group @ keys.transpose(2, 3) * g.head_dim**-0.5).view(batch, g.num_kv_heads, -1, n, keys.shape[2])
         weights = weights.float().masked_fill(~visible[:, None, None], -torch.inf).softmax(dim=-1)
-        received = (weights * valid[:, None, None, :, None]).sum(dim=(2, 3))
-        out = weights.to(x.dtype).flatten(2, 3) @ values  # (B, K, H/K * n, d)
+        received = (weights * weight[:, None, None, :, None]).sum(dim=(2, 3))
+        out = weights.to(query.dtype).flatten(2, 3) @ values  # (B, K, H/K * n, d)
         out = out.view(batch, g.num_heads, n, g.head_dim).transpose(1, 2).reshape(batch, n, -1)
-        return self.o_proj(out), key, value, received
+        return self.o_proj(out), received
 
 
 class MLP(nn.Module):

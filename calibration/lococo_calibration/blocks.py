@@ -1,0 +1,280 @@
+"""Reading a batch of equally long sequences block by block, with gradients, by any cache policy.
+
+The arithmetic is that of `lococo_export.reference`. Here the cache holds live columns only, so that its shapes follow
+from the plan of forwards, which is known before the first one: nothing waits for the device.
+
+Between two fusions of token-by-token decoding nothing is lost by reading the tokens at once: causal attention gives
+the same outputs, and only the scores differ, which then count each query by its age (`query_weights`). So the regime
+that decodes token by token costs one forward a fusion, not one a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from lococo_runtime._exceptions import ConfigError
+from lococo_runtime.bundle import LococoConfig
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lococo_export.reference import Attention, DecoderLayer, FusionHead, ReferenceModel, fuse_slots, rotate
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One step of a plan: tokens start to stop."""
+
+    start: int
+    stop: int
+    past: int
+    """Live columns before."""
+    stepwise: bool
+    """These tokens stand for forwards of one token each."""
+    fuses: bool
+    """The cache is over its capacity afterwards."""
+
+
+def plan_forwards(
+    tokens: int, block_size: int, capacity: int | None, mem_size: int, step_from: int | None = None
+) -> list[Forward]:
+    """Forwards that read `tokens` tokens from an empty cache.
+
+    Args:
+        capacity: the most columns that stay, M + buffer; None never fuses.
+        mem_size: M, what a fusion leaves.
+        step_from: tokens from here on are read one by one; None reads blocks to the end.
+    """
+    plan = []
+    start = past = 0
+    step_from = tokens if step_from is None else min(step_from, tokens)
+    while start < tokens:
+        stepwise = start >= step_from
+        if stepwise and capacity is not None:
+            stop = min(start + capacity + 1 - past, tokens)
+        else:
+            stop = min(start + block_size, tokens if stepwise else step_from)
+        live = past + stop - start
+        fuses = capacity is not None and live > capacity
+        plan.append(Forward(start, stop, past, stepwise, fuses))
+        start, past = stop, mem_size if fuses else live
+    return plan
+
+
+@dataclass
+class Slots:
+    """The cache of one layer; every column is live."""
+
+    key: Tensor  # (B, K, L, d), after RoPE
+    value: Tensor  # (B, K, L, d)
+    scores: Tensor  # (B, K, L) float32, never with a gradient: selections have none
+    sinks: Tensor | None = None
+    """(B, K, sinks, d): StreamingLLM's first keys as they were read."""
+
+    def detach(self) -> Slots:
+        return Slots(self.key.detach(), self.value.detach(), self.scores, self.sinks)
+
+
+class Policy(Protocol):
+    """What happens to a cache that is over its capacity."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def mem_size(self) -> int: ...
+
+    @property
+    def capacity(self) -> int | None: ...
+
+    @property
+    def score_decay(self) -> float: ...
+
+    def compress(self, layer: int, slots: Slots, position: int) -> Slots:
+        """Exactly `mem_size` columns; `position` tokens have been read."""
+        ...
+
+
+@dataclass(frozen=True)
+class FullCache:
+    """Keeps every column."""
+
+    name: str = "full"
+    mem_size: int = 0
+    capacity: int | None = None
+    score_decay: float = 0.0
+
+    def compress(self, layer: int, slots: Slots, position: int) -> Slots:
+        return slots
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """LoCoCo with heads, one a layer; H2O (arXiv 2306.14048) without."""
+
+    cache: LococoConfig
+    heads: Sequence[FusionHead] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if (self.cache.policy == "lococo") != bool(self.heads):
+            raise ConfigError(f"policy {self.cache.policy}: got {len(self.heads)} fusion heads")
+
+    @property
+    def name(self) -> str:
+        return self.cache.policy
+
+    @property
+    def mem_size(self) -> int:
+        return self.cache.mem_size
+
+    @property
+    def capacity(self) -> int | None:
+        return self.cache.capacity
+
+    @property
+    def score_decay(self) -> float:
+        return self.cache.score_decay
+
+    def compress(self, layer: int, slots: Slots, position: int) -> Slots:
+        length = torch.full(slots.key.shape[:1], slots.key.shape[2], device=slots.key.device)
+        head = self.heads[layer] if self.heads else None
+        fused = fuse_slots(slots.key, slots.value, slots.scores, length, self.cache, head)
+        return Slots(fused.key, fused.value, fused.scores.detach())
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """StreamingLLM (arXiv 2309.17453): attention sinks and recent tokens, positions within the cache.
+
+    RoPE sees differences of positions alone, so instead of renumbering every column after an eviction the sinks are
+    turned onwards by what was evicted, each time from the keys as read: no rounding accumulates.
+    """
+
+    model: ReferenceModel = field(repr=False)
+    mem_size: int
+    buffer: int = 16
+    num_sinks: int = 4
+    name: str = "streaming"
+    score_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.num_sinks < self.mem_size:
+            raise ConfigError(f"mem_size: expected more than {self.num_sinks} sinks, got {self.mem_size}")
+
+    @property
+    def capacity(self) -> int | None:
+        return self.mem_size + self.buffer
+
+    def compress(self, layer: int, slots: Slots, position: int) -> Slots:
+        first = slots.key[:, :, : self.num_sinks] if slots.sinks is None else slots.sinks
+        # the next token is `mem_size` columns from the first sink, and stands at `position`
+        angles = (position - self.mem_size) * self.model.inv_freq  # (d/2,) float64
+        turned = rotate(first.float(), angles.cos().float(), angles.sin().float()).to(first.dtype)
+        recent = self.mem_size - self.num_sinks
+        kept = [torch.cat([x[:, :, : self.num_sinks], x[:, :, -recent:]], 2) for x in (slots.value, slots.scores)]
+        return Slots(torch.cat([turned, slots.key[:, :, -recent:]], 2), kept[0], kept[1], first)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def visible_columns(forward: Forward, device: torch.device) -> Tensor:
+    """(1, n, L + n) bool: every live column, and new ones up to the token itself."""
+    n = forward.stop - forward.start
+    return torch.ones(1, n, forward.past + n, dtype=torch.bool, device=device).tril(forward.past)
+
+
+def query_weights(forward: Forward, decay: float, device: torch.device) -> Tensor:
+    """(1, n) float32: what each query counts for in the scores after the forward.
+
+    All the same in a block. Token by token every forward multiplies older scores by `decay`: with 0, the published
+    way, only the last query counts.
+    """
+    n = forward.stop - forward.start
+    if not forward.stepwise:
+        return torch.ones(1, n, device=device)
+    return torch.tensor([[float(decay) ** age for age in range(n - 1, -1, -1)]], device=device)
+
+
+def append(slots: Slots | None, key: Tensor, value: Tensor, received: Tensor, forward: Forward, decay: float) -> Slots:
+    """The cache after a forward, before any fusion; `key` and `value` hold all L + n columns already."""
+    received = received.detach()
+    if decay and slots is not None:
+        steps = forward.stop - forward.start if forward.stepwise else 1
+        received = received + F.pad(slots.scores * decay**steps, (0, received.shape[-1] - slots.scores.shape[-1]))
+    return Slots(key, value, received, None if slots is None else slots.sinks)
+
+
+class BlockReader:
+    """A batch of sequences, read through the whole model by one policy.
+
+    Args:
+        checkpointing: compute layers again in the backward pass instead of keeping what they computed.
+    """
+
+    def __init__(self, model: ReferenceModel, policy: Policy, *, checkpointing: bool = False) -> None:
+        self.model, self.policy, self.checkpointing = model, policy, checkpointing
+        self.slots: list[Slots] = []
+        self.position = 0
+
+    def read(self, ids: Tensor, forward: Forward) -> Tensor:
+        """Reads ids (B, n), the tokens of `forward`: hidden states (B, n, hidden), after the final norm."""
+        model, decay = self.model, self.policy.score_decay
+        visible = visible_columns(forward, ids.device)
+        weight = query_weights(forward, decay, ids.device)
+        cos, sin = model.rotary(torch.tensor([self.position], device=ids.device), ids.shape[1])
+        x = model.model.embed_tokens(ids)
+        g = model.geometry
+        empty = x.new_zeros(len(ids), g.num_kv_heads, 0, g.head_dim)
+        after = []
+        for i, layer in enumerate(model.model.layers):
+            old = self.slots[i] if self.slots else None
+            past_key, past_value = (old.key, old.value) if old else (empty, empty)
+            inputs = (x, cos, sin, past_key, past_value, visible, weight)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, key, value, received = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x, key, value, received = layer(*inputs)
+            keys, values = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+            after.append(append(old, keys, values, received, forward, decay))
+        self.slots = after
+        self.position += ids.shape[1]
+        hidden: Tensor = model.model.norm(x)
+        return hidden
+
+    def compress(self) -> None:
+        """Brings every layer down to M columns."""
+        self.slots = [self.policy.compress(i, slots, self.position) for i, slots in enumerate(self.slots)]
+
+    def detach(self) -> None:
+        """Ends the gradient's way back here."""
+        self.slots = [slots.detach() for slots in self.slots]
+
+
+LayerObserver = Callable[[int, Attention, Tensor, Tensor, Tensor, Tensor], None]
+"""Called with layer, its attention, query (B, H, T, d), key and value (B, K, T, d), output (B, T, hidden)."""
+
+
+def read_uncompressed(model: ReferenceModel, ids: Tensor, on_layer: LayerObserver | None = None) -> Tensor:
+    """Hidden states (B, T, hidden) of ids (B, T) with the full cache, without gradients."""
+
+    cos, sin = model.rotary(torch.zeros(1, dtype=torch.int64, device=ids.device), ids.shape[1])
+    with torch.no_grad():
+        x: Tensor = model.model.embed_tokens(ids)
+        for i, layer in enumerate(model.model.layers):
+            block = cast(DecoderLayer, layer)
+            attention = block.self_attn
+            query, key, value = attention.project(block.input_layernorm(x), cos, sin)
+            group = query.shape[1] // key.shape[1]
+            keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)  # (B, H, T, d)
+            mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True)  # (B, H, T, d)
+            out = attention.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, hidden)
+            if on_layer:
+                on_layer(i, attention, query, key, value, out)
+            x = x + out
+            x = x + block.mlp(block.post_attention_layernorm(x))
+        hidden: Tensor = model.model.norm(x)
+    return hidden
