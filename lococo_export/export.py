@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lococo_runtime.bundle import (
     check_model_dtype,
     file_entry,
     graph_specs,
+    producer,
     publish_directory,
 )
 
@@ -57,7 +57,7 @@ def export_bundle(
     """
     check_model_dtype(dtype)
     model, cache, batch = checkpoint.geometry, checkpoint.config, 1
-    producer = f"lococo-export {version('lococo-export')}"
+    made_by = producer("lococo-export")
     with publish_directory(target, force=force) as directory:
         progress(f"weights ({dtype})")
         weights = WeightsFile(directory / WEIGHTS_NAME)
@@ -66,7 +66,7 @@ def export_bundle(
         finally:
             weights.close()
         specs = graph_specs(model, cache, dtype, batch)
-        writer = GraphWriter(model, cache, dtype, batch, weights, producer)
+        writer = GraphWriter(model, cache, dtype, batch, weights, made_by)
         for spec in specs:
             progress(spec.file)
             writer.write(spec, directory)
@@ -75,7 +75,7 @@ def export_bundle(
             shutil.copyfile(checkpoint.source_dir / name, directory / name)
         progress("checksums")
         manifest = Manifest(
-            producer=producer,
+            producer=made_by,
             model=model,
             cache=cache,
             dtype=dtype,

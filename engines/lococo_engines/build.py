@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from lococo_runtime.bundle import (
     Manifest,
     TensorSpec,
     forward_widths,
+    producer,
     publish_directory,
     read_manifest,
     sha256_file,
@@ -188,7 +188,7 @@ def build_engines(
             with (staging / plans[0].plan).open("rb") as f:
                 header = plan_version(f.read(64))
             engines = Engines(
-                producer=_producer(),
+                producer=producer("lococo-build"),
                 bundle_id=manifest.bundle_id,
                 flavour=kit.flavour,
                 tensorrt_version=kit.version,
@@ -203,13 +203,6 @@ def build_engines(
             )
             (staging / ENGINES_NAME).write_text(engines.to_json(), encoding="utf-8")
     return directory
-
-
-def _producer() -> str:
-    try:
-        return f"lococo-build {version('lococo-export')}"
-    except PackageNotFoundError:  # run from a source tree, as on a machine without pip
-        return "lococo-build"
 
 
 def _chosen(manifest: Manifest, recipe: Recipe) -> list[GraphSpec]:

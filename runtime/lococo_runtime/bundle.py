@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -572,6 +573,14 @@ def _fsync_tree(root: Path) -> None:
         for name in names:
             _fsync(Path(directory) / name)
         _fsync(Path(directory))
+
+
+def producer(tool: str) -> str:
+    """The tool's name with this distribution's version; the name alone in a source tree that is not installed."""
+    try:
+        return f"{tool} {importlib.metadata.version('lococo-export')}"
+    except importlib.metadata.PackageNotFoundError:
+        return tool
 
 
 def check_model_dtype(dtype: str) -> str:
