@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "cadence.h"
 #include "manifest.h"
@@ -26,7 +28,17 @@ class Executor {
   // ... or state and slots are fused into mem_size slots, the other columns zero.
   virtual void fuse(const Forward& f, int32_t length) = 0;
 
-  // (vocab_size), in host memory.
+  // Waits for what was started; errors of the device come out here at the latest.
+  virtual void finish() {}
+
+  // Greedy decoding of a whole window in one go: window() = capacity - mem_size + 1 tokens from mem_size live slots
+  // on, each chosen and then read, the last one followed by a fusion. 0: not offered.
+  [[nodiscard]] virtual int32_t window() const { return 0; }
+  // ids: (window()). The state is the old one until end_window, which keeps the new one or forgets it.
+  virtual void run_window(int64_t /*position*/, int32_t* /*ids*/) {}
+  virtual void end_window(bool /*keep*/) {}
+
+  // (vocab_size), in host memory, valid until the next call.
   virtual const float* logits() = 0;
   // Zero state, zero logits.
   virtual void reset() = 0;
@@ -48,14 +60,20 @@ class Backend {
   virtual std::unique_ptr<Executor> create_executor() = 0;
   // What an executor allocates.
   [[nodiscard]] virtual uint64_t executor_bytes() const = 0;
+  // Of the forwards that it can run, ascending, from 1 to block_size.
+  [[nodiscard]] virtual const std::vector<int32_t>& widths() const = 0;
+  // Whether a forward can give the logits of every token.
+  [[nodiscard]] virtual bool has_all_logits() const { return true; }
 };
 
 struct BackendOptions {
-  std::string library;      // path of the engine's library, "" for the default
-  int32_t num_threads = 0;  // 0: one per physical core
+  std::string library;       // path of the engine's library, "" for the default
+  int32_t num_threads = 0;   // 0: one per physical core
+  bool skip_hashes = false;  // check sizes only
 };
 
 // manifest outlives the backend.
 std::unique_ptr<Backend> open_onnxruntime(const Manifest& manifest, const BackendOptions& options);
+std::unique_ptr<Backend> open_tensorrt(const Manifest& manifest, const BackendOptions& options, int32_t device_index);
 
 }  // namespace lococo

@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <string>
 
 #include "error.h"
 #include "session.h"
@@ -95,6 +96,18 @@ lococo_status with_session(lococo_session* session, Dead dead, F&& body) noexcep
   });
 }
 
+// N of "cuda:N".
+int32_t cuda_index(const std::string& device) {
+  const std::string digits = device.rfind("cuda:", 0) == 0 ? device.substr(5) : "";
+  const bool sound =
+      !digits.empty() && digits.size() <= 3 && digits.find_first_not_of("0123456789") == std::string::npos;
+  if (!sound) {
+    fail(LOCOCO_ERROR_UNSUPPORTED, "device: backend tensorrt expects \"cuda:0\" or another number, got \"%s\"",
+         device.c_str());
+  }
+  return static_cast<int32_t>(std::stoi(digits));
+}
+
 constexpr lococo_sampling_params kGreedy = {sizeof(lococo_sampling_params), 0, 0, 0, 0};
 
 }  // namespace
@@ -126,30 +139,35 @@ lococo_status lococo_model_open(const char* bundle_dir, const lococo_options* op
   return guarded([&] {
     require(bundle_dir, "bundle_dir");
     require(out, "out");
+    std::string device = "cpu";
+    std::string backend = "onnxruntime";
     lococo::BackendOptions backend_options;
-    bool skip_hashes = false;
     if (options != nullptr) {
       require_size(options->struct_size, sizeof *options, "lococo_options");
-      if (options->device != nullptr && std::strcmp(options->device, "cpu") != 0) {
-        fail(LOCOCO_ERROR_UNSUPPORTED, "device: expected \"cpu\" (all that this build supports), got \"%s\"",
-             options->device);
-      }
-      if (options->backend != nullptr && std::strcmp(options->backend, "onnxruntime") != 0) {
-        fail(LOCOCO_ERROR_UNSUPPORTED, "backend: expected \"onnxruntime\" (all that this build supports), got \"%s\"",
-             options->backend);
-      }
+      if (options->device != nullptr) device = options->device;
+      if (options->backend != nullptr) backend = options->backend;
       if (options->num_threads < 0) {
         fail(LOCOCO_ERROR_INVALID_ARGUMENT, "num_threads: expected at least 0 (0: one per core), got %d",
              options->num_threads);
       }
       if (options->backend_library != nullptr) backend_options.library = options->backend_library;
       backend_options.num_threads = options->num_threads;
-      skip_hashes = options->skip_hashes != 0;
+      backend_options.skip_hashes = options->skip_hashes != 0;
+    }
+    const bool tensorrt = backend == "tensorrt";
+    const int32_t device_index = tensorrt ? cuda_index(device) : 0;
+    if (!tensorrt && backend != "onnxruntime") {
+      fail(LOCOCO_ERROR_UNSUPPORTED, "backend: expected \"onnxruntime\" or \"tensorrt\", got \"%s\"", backend.c_str());
+    }
+    if (!tensorrt && device != "cpu") {
+      fail(LOCOCO_ERROR_UNSUPPORTED,
+           "device: backend onnxruntime expects \"cpu\", got \"%s\"; a GPU needs backend \"tensorrt\"", device.c_str());
     }
     auto model = std::make_shared<lococo::Model>();
     model->manifest = lococo::read_manifest(bundle_dir);
-    lococo::check_files(model->manifest, skip_hashes);
-    model->backend = lococo::open_onnxruntime(model->manifest, backend_options);
+    lococo::check_files(model->manifest, backend_options.skip_hashes);
+    model->backend = tensorrt ? lococo::open_tensorrt(model->manifest, backend_options, device_index)
+                              : lococo::open_onnxruntime(model->manifest, backend_options);
     *out = new lococo_model{std::move(model)};
   });
 }

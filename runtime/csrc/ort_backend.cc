@@ -105,6 +105,7 @@ class OrtBackend final : public Backend {
 
   std::unique_ptr<Executor> create_executor() override;
   [[nodiscard]] uint64_t executor_bytes() const override { return layout_.total_bytes; }
+  [[nodiscard]] const std::vector<int32_t>& widths() const override { return manifest_.widths; }
 
   [[nodiscard]] const Manifest& manifest() const { return manifest_; }
   [[nodiscard]] const Layout& layout() const { return layout_; }

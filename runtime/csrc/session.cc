@@ -36,9 +36,10 @@ uint64_t Model::session_bytes() const {
 Session::Session(std::shared_ptr<Model> model)
     : model_(std::move(model)),
       m_(model_->manifest),
-      cadence_(m_.mem_size, m_.capacity, m_.widths),
+      cadence_(m_.mem_size, m_.capacity, model_->backend->widths()),
       executor_(model_->backend->create_executor()),
-      sampler_(m_.vocab_size) {}
+      sampler_(m_.vocab_size),
+      window_(static_cast<size_t>(executor_->window())) {}
 
 void Session::reset() {
   executor_->reset();
@@ -89,21 +90,51 @@ void Session::read_tokens(const int32_t* ids, size_t n, float* all_logits) {
     n -= static_cast<size_t>(f.n);
     if (all_logits != nullptr) all_logits += static_cast<size_t>(f.n) * static_cast<size_t>(m_.vocab_size);
   }
+  executor_->finish();
   dead = false;
+}
+
+template <typename F>
+bool Session::read_window(F&& accept) {
+  dead = true;
+  executor_->run_window(position_, window_.data());
+  size_t accepted = 0;
+  while (accepted < window_.size() && accept(window_[accepted])) ++accepted;
+  const bool whole = accepted == window_.size();
+  executor_->end_window(whole);
+  if (whole) {
+    position_ += static_cast<int64_t>(window_.size());
+    steps_ += static_cast<int64_t>(window_.size());
+    ++fusions_;
+  } else {
+    // One by one from where the window began: the same state as if it had never been a window.
+    for (size_t i = 0; i < accepted; ++i) read_tokens(&window_[i], 1, nullptr);
+  }
+  dead = false;
+  return whole;
 }
 
 void Session::prefill(const int32_t* ids, size_t n, float* all_logits) {
   check_readable(ids, n);
+  if (all_logits != nullptr && !model_->backend->has_all_logits()) {
+    fail(LOCOCO_ERROR_UNSUPPORTED,
+         "all_logits: the engines have no lm_head_%d; run lococo-build --force with a recipe whose widths name block",
+         m_.block_size);
+  }
   read_tokens(ids, n, all_logits);
 }
 
 void Session::step(int32_t id) { prefill(&id, 1, nullptr); }
 
-const float* Session::logits() {
+void Session::check_not_empty() const {
   if (position_ == 0) {
     fail(LOCOCO_ERROR_INVALID_ARGUMENT,
          "logits: expected a session that has read a token, got an empty one; prefill it");
   }
+}
+
+const float* Session::logits() {
+  check_not_empty();
   return executor_->logits();
 }
 
@@ -120,20 +151,29 @@ int32_t Session::generate(const lococo_sampling_params& params, int32_t max_toke
          static_cast<long long>(kMaxPosition - position_), static_cast<long long>(position_), max_tokens);
   }
   Sampler::check(params);
-  const float* current = logits();
+  check_not_empty();
+  const bool greedy = params.temperature == 0 || params.top_k == 1;
   int32_t count = 0;
+  const auto accept = [&](int32_t id) {  // false: the last one, which is not read
+    ++count;
+    const bool stop = on_token != nullptr && on_token(id, user) != 0;
+    const auto& eos = m_.eos_token_ids;
+    return !stop && count < max_tokens && std::find(eos.begin(), eos.end(), id) == eos.end();
+  };
   while (count < max_tokens) {
+    const auto window = static_cast<int32_t>(window_.size());
+    if (greedy && window > 0 && length_ == m_.mem_size && max_tokens - count > window) {
+      if (!read_window(accept)) break;
+      continue;
+    }
     int32_t id = 0;
     try {
-      id = sampler_.sample(current, params, static_cast<uint64_t>(position_));
+      id = sampler_.sample(executor_->logits(), params, static_cast<uint64_t>(position_));
     } catch (const Error&) {
       dead = true;
       throw;
     }
-    ++count;
-    const bool stop = on_token != nullptr && on_token(id, user) != 0;
-    const auto& eos = m_.eos_token_ids;
-    if (stop || count == max_tokens || std::find(eos.begin(), eos.end(), id) != eos.end()) break;
+    if (!accept(id)) break;
     read_tokens(&id, 1, nullptr);
   }
   return count;

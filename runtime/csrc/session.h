@@ -55,7 +55,11 @@ class Session {
 
  private:
   void check_readable(const int32_t* ids, size_t n) const;
+  void check_not_empty() const;
   void read_tokens(const int32_t* ids, size_t n, float* all_logits);
+  // Chooses and reads a window of tokens; `accept` gets each and returns false to stop before it is read.
+  template <typename F>
+  bool read_window(F&& accept);
   void adopt(const uint8_t* payload);
   void clear_counters() { steps_ = blocks_ = fusions_ = 0; }
 
@@ -64,6 +68,7 @@ class Session {
   Cadence cadence_;
   std::unique_ptr<Executor> executor_;
   Sampler sampler_;
+  std::vector<int32_t> window_;  // tokens of a window, empty if the backend offers none
   int64_t position_ = 0;  // P: tokens read
   int32_t length_ = 0;    // L: live slots
   int64_t steps_ = 0;

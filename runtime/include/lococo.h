@@ -54,9 +54,11 @@ typedef enum lococo_status {
 /* Zero-initialise, set struct_size = sizeof(lococo_options), then what you need. NULL and 0 mean the default. */
 typedef struct lococo_options {
   size_t struct_size;
-  const char* device;          /* "cpu" (default) */
-  const char* backend;         /* "onnxruntime" (default) */
-  const char* backend_library; /* path of libonnxruntime; default: $LOCOCO_ONNXRUNTIME, then the loader's search path */
+  const char* device;          /* "cpu" (default), or "cuda:0" and on with backend "tensorrt" */
+  const char* backend;         /* "onnxruntime" (default), or "tensorrt": engines of lococo-build */
+  const char* backend_library; /* onnxruntime: path of libonnxruntime; default: $LOCOCO_ONNXRUNTIME, then the loader's
+                                * search path. tensorrt: path of liblococo_trt; default: $LOCOCO_TRT_LIBRARY, then
+                                * beside liblococo */
   int32_t num_threads; /* intra-op threads; 0 = one per physical core. The first model decides for the process */
   int32_t skip_hashes; /* 1 = check file sizes only, not their sha256 */
 } lococo_options;

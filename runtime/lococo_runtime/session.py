@@ -61,11 +61,12 @@ class Model:
 
     Args:
         bundle: the directory that lococo-export made.
-        device: "cpu".
-        backend: "onnxruntime".
+        device: "cpu", or "cuda:0" and on with backend "tensorrt".
+        backend: "onnxruntime", or "tensorrt", which runs the engines that lococo-build made.
         num_threads: 0 takes one per physical core; the first model opened decides for the process.
         verify: check every file's sha256, not only its size.
-        backend_library: path of libonnxruntime; the installed onnxruntime package's by default.
+        backend_library: path of libonnxruntime, by default the installed onnxruntime package's; with backend
+            "tensorrt" of liblococo_trt, by default beside liblococo.
 
     Raises:
         NotFoundError, CorruptError, VersionError: the bundle is not there, damaged, or of another schema.
@@ -85,7 +86,9 @@ class Model:
         self._handle = ctypes.c_void_p()
         path = os.fspath(bundle)
         self.manifest: Manifest = read_manifest(path)
-        found = os.fspath(backend_library) if backend_library is not None else c.find_onnxruntime()
+        found = None if backend_library is None else os.fspath(backend_library)
+        if found is None and backend == "onnxruntime":
+            found = c.find_onnxruntime()
         options = c.Options(
             ctypes.sizeof(c.Options),
             device.encode(),
@@ -213,6 +216,30 @@ class Session:
                 return
             if i + 1 < params.max_tokens:
                 c.call("lococo_session_step", self._open(), token)
+
+    def generate_all(self, ids: TokenIds, params: SamplingParams | None = None) -> list[int]:
+        """The tokens of `generate` at once, in one call of the C library.
+
+        Greedy decoding on a GPU then runs whole windows of steps, from one fusion to the next, as one launch.
+        """
+        params = params or SamplingParams()
+        if len(ids):
+            self.prefill(ids)
+        tokens: list[int] = []
+        native = params.to_c()
+
+        @c.TokenFn
+        def collect(token: int, _: object) -> int:
+            tokens.append(token)
+            return 0  # go on
+
+        while len(tokens) < params.max_tokens:
+            left = params.max_tokens - len(tokens)
+            c.call("lococo_session_generate", self._open(), ctypes.byref(native), left, collect, None, None)
+            if not params.ignore_eos or len(tokens) == params.max_tokens:
+                break
+            c.call("lococo_session_step", self._open(), tokens[-1])  # read what it stopped at, and go on
+        return tokens
 
     # --- where it stands ---------------------------------------------------------------------------------------------
 
