@@ -228,14 +228,14 @@ class Session:
         tokens: list[int] = []
         native = params.to_c()
 
-        @c.TokenFn
         def collect(token: int, _: object) -> int:
             tokens.append(token)
             return 0  # go on
 
+        on_token = c.TokenFn(collect)
         while len(tokens) < params.max_tokens:
             left = params.max_tokens - len(tokens)
-            c.call("lococo_session_generate", self._open(), ctypes.byref(native), left, collect, None, None)
+            c.call("lococo_session_generate", self._open(), ctypes.byref(native), left, on_token, None, None)
             if not params.ignore_eos or len(tokens) == params.max_tokens:
                 break
             c.call("lococo_session_step", self._open(), tokens[-1])  # read what it stopped at, and go on

@@ -187,7 +187,7 @@ std::vector<std::string> list_directories(const std::string& folder) {
   std::error_code ignored;  // no folder: no engines
   for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
     const std::string name = entry.path().filename().string();
-    if (name[0] != '.' && entry.is_directory(ignored)) found.push_back(folder + "/" + name);
+    if (name[0] != '.' && entry.is_directory(ignored)) found.push_back(entry.path().string());
   }
   std::sort(found.begin(), found.end());
   return found;
