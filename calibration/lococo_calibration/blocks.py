@@ -196,7 +196,8 @@ def query_weights(forward: Forward, decay: float, device: torch.device) -> Tenso
     n = forward.stop - forward.start
     if not forward.stepwise:
         return torch.ones(1, n, device=device)
-    return torch.tensor([[float(decay) ** age for age in range(n - 1, -1, -1)]], device=device)
+    age = torch.arange(n - 1, -1, -1, dtype=torch.float32, device=device)
+    return torch.pow(decay, age)[None]  # 0 to the power of 0 is 1
 
 
 def append(slots: Slots | None, key: Tensor, value: Tensor, received: Tensor, forward: Forward, decay: float) -> Slots:

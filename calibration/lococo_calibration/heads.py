@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from lococo_runtime.bundle import LococoConfig, ModelGeometry
@@ -13,32 +11,27 @@ from torch import Tensor, nn
 from lococo_export.checkpoints import HeadWeights
 
 
-@dataclass(frozen=True)
-class CastHead:
-    """A head in the model's dtype, with the graph that leads back to its float32 parameters."""
-
-    normalizer: Tensor  # () float32
-    convs: tuple[tuple[Tensor, Tensor], ...]  # (out, in, kernel), (out,)
-
-
 class TrainableHead(nn.Module):
-    """The fusion head of one layer: a normalizer and a stack of convolutions, in float32.
+    """The fusion head of one layer: a normalizer and a stack of convolutions, kept in float32.
 
     Args:
         start: weights to begin with.
+        dtype: of the cache, in which fusions compute.
     """
 
-    def __init__(self, start: HeadWeights) -> None:
+    def __init__(self, start: HeadWeights, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         # a tensor of no dimension takes on the dtype of what it multiplies
         self.normalizer = nn.Parameter(torch.tensor(start.normalizer, dtype=torch.float32))
         self.weights = nn.ParameterList(weight.float().clone() for weight, _ in start.convs)
         self.biases = nn.ParameterList(bias.float().clone() for _, bias in start.convs)
 
-    def cast(self, dtype: torch.dtype) -> CastHead:
-        """The head as `fuse_slots` takes it; gradients reach the parameters."""
+    @property
+    def convs(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Weights and biases in the cache's dtype; gradients reach the parameters."""
         pairs = zip(self.weights, self.biases, strict=True)
-        return CastHead(self.normalizer, tuple((w.to(dtype), b.to(dtype)) for w, b in pairs))
+        return tuple((w.to(self.dtype), b.to(self.dtype)) for w, b in pairs)
 
     def export(self, dtype: torch.dtype) -> HeadWeights:
         """A copy to save. The normalizer stays float32."""
@@ -67,8 +60,3 @@ def initial_heads(
         HeadWeights(normalizer, tuple(conv(j, *pair) for j, pair in enumerate(itertools.pairwise(channels))))
         for _ in range(geometry.num_layers)
     )
-
-
-def trainable_heads(start: Sequence[HeadWeights]) -> nn.ModuleList:
-    """One `TrainableHead` a layer."""
-    return nn.ModuleList(TrainableHead(head) for head in start)

@@ -1,0 +1,312 @@
+"""What a cache policy costs: perplexity by context length, and passkey retrieval by depth.
+
+The same windows are read by every policy, on PyTorch or by the runtime. Perplexity at context c is over the tokens
+with c/2 to c - 1 tokens before them, so that a line over c shows what longer contexts bring or cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from lococo_runtime import InvalidArgumentError, Session
+from torch import Tensor
+
+from lococo_export.reference import ReferenceModel
+
+from .blocks import BlockReader, Forward, Policy, plan_forwards
+from .data import Corpus, Window
+
+Progress = Callable[[int, int], None]
+LOGITS_AT_ONCE = 2048
+"""Tokens whose logits are held at once: 400 MB in float32 for a vocabulary of 49,152."""
+
+PASSKEY_INTRO = "Somewhere in the text below a pass key is mentioned. Find it and remember it.\n\n"
+PASSKEY_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+PASSKEY_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
+PASSKEY_QUESTION = "\n\nWhat is the pass key? The pass key is"
+
+
+def read_forwards(
+    model: ReferenceModel, policy: Policy, ids: Tensor, block_size: int, step_from: int | None = None
+) -> Iterator[tuple[Forward, Tensor]]:
+    """Forwards over ids (B, T) and the hidden states (B, n, hidden) of their tokens."""
+    plan = plan_forwards(ids.shape[1], block_size, policy.capacity, policy.mem_size, step_from)
+    reader = BlockReader(model, policy)
+    for forward in plan:
+        yield forward, reader.read(ids[:, forward.start : forward.stop], forward)
+        if forward.fuses and forward is not plan[-1]:
+            reader.compress()
+
+
+def window_nll(
+    model: ReferenceModel,
+    policy: Policy,
+    windows: npt.NDArray[np.int64],
+    *,
+    block_size: int,
+    step_from: int | None = None,
+    batch: int = 8,
+    progress: Progress | None = None,
+) -> npt.NDArray[np.float32]:
+    """Negative log-likelihood in nats of every token but the first of windows (N, T): (N, T - 1).
+
+    Args:
+        step_from: tokens from here on are read one by one, as decoding does; None reads blocks to the end.
+    """
+    parts = []
+    with torch.inference_mode():
+        for first in range(0, len(windows), batch):
+            ids = torch.from_numpy(windows[first : first + batch]).to(model.device)
+            columns = []
+            for forward, hidden in read_forwards(model, policy, ids, block_size, step_from):
+                targets = ids[:, forward.start + 1 : forward.stop + 1]
+                columns.append(token_nll(model, hidden[:, : targets.shape[1]], targets))
+                if progress:
+                    progress(first * ids.shape[1] + len(ids) * forward.stop, windows.size)
+            parts.append(torch.cat(columns, 1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def token_nll(model: ReferenceModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """(B, n) float32 from hidden states (B, n, hidden) and the tokens that follow (B, n)."""
+    pieces = zip(*(torch.split(x.flatten(0, 1), LOGITS_AT_ONCE) for x in (hidden, targets)), strict=True)
+    nll = [F.cross_entropy(model.lm_head(h).float(), t, reduction="none") for h, t in pieces]
+    return torch.cat(nll).view(targets.shape)
+
+
+def session_nll(
+    session: Session,
+    windows: npt.NDArray[np.int64],
+    *,
+    step_from: int | None = None,
+    progress: Progress | None = None,
+) -> npt.NDArray[np.float32]:
+    """As `window_nll`, by the runtime; one window after the other."""
+    tokens = windows.shape[1]
+    block = session.model.manifest.cache.block_size
+    stop = tokens if step_from is None else min(step_from, tokens)
+    nll = np.empty((len(windows), tokens - 1), np.float32)
+    for row, ids in enumerate(windows):
+        session.reset()
+        for start in range(0, tokens):
+            if start >= stop:
+                logits = session.step(int(ids[start]))[None]
+            elif start % block == 0:
+                logits = session.prefill(ids[start : min(start + block, stop)], return_all=True)
+            else:
+                continue
+            targets = ids[start + 1 : start + 1 + len(logits)]
+            wide = logits[: len(targets)].astype(np.float64)
+            top = wide.max(-1)
+            total = top + np.log(np.exp(wide - top[:, None]).sum(-1))
+            nll[row, start : start + len(targets)] = total - wide[np.arange(len(targets)), targets]
+            if progress:
+                progress(row * tokens + start + len(logits), windows.size)
+    return nll
+
+
+# --- perplexity by context --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PerplexityRow:
+    """One policy at one context."""
+
+    policy: str
+    mem_size: int  # 0 for the full cache
+    regime: str  # "block" or "step"
+    backend: str  # "pytorch" or "onnxruntime"
+    context: int
+    tokens: int
+    nll: float
+    perplexity: float
+    by_document: dict[str, float]
+
+
+def perplexity_rows(
+    nll: npt.NDArray[np.float32], contexts: Sequence[int], documents: Sequence[str], **what: Any
+) -> list[PerplexityRow]:
+    """Summaries of nll (N, T - 1), whose windows come from `documents` (N)."""
+    rows = []
+    for context in contexts:
+        part = nll[:, context // 2 - 1 : context - 1].astype(np.float64)
+        names = np.array(documents)
+        by_document = {name: math.exp(part[names == name].mean()) for name in sorted(set(documents))}
+        mean = float(part.mean())
+        rows.append(PerplexityRow(**what, context=context, tokens=part.size, nll=mean,
+                                  perplexity=math.exp(mean), by_document=by_document))  # fmt: skip
+    return rows
+
+
+def choose_windows(corpus: Corpus, context: int, count: int, documents: Sequence[int] | None = None) -> list[Window]:
+    """At most `count` windows, taken in turn from every document, from its start on."""
+    by_document: dict[int, list[Window]] = {}
+    for window in corpus.windows(context, documents):
+        by_document.setdefault(window[0], []).append(window)
+    rounds = max(len(w) for w in by_document.values())
+    turns = [w[i] for i in range(rounds) for w in by_document.values() if i < len(w)]
+    return sorted(turns[:count])
+
+
+def check_contexts(contexts: Sequence[int], policy: Policy, block_size: int) -> None:
+    """Refuses contexts in which the policy never gets to compress anything that is read afterwards.
+
+    Raises:
+        InvalidArgumentError: mem_size is larger than the text.
+    """
+    for context in contexts:
+        plan = plan_forwards(context, block_size, policy.capacity, policy.mem_size)
+        if policy.capacity is not None and not any(f.fuses for f in plan[:-1]):
+            raise InvalidArgumentError(
+                f"context {context}: expected more than M + buffer = {policy.capacity} tokens and a block to read"
+                f" after them, or no fusion ever happens (mem_size={policy.mem_size}, block_size={block_size}); raise"
+                " the context or lower M"
+            )
+
+
+# --- passkey ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PasskeyPrompt:
+    """Tokens that end where the answer begins."""
+
+    ids: list[int]
+    answer: list[int]
+    depth: float  # 0: the key stands at the start, 1: just before the question
+
+
+@dataclass(frozen=True)
+class PasskeyRow:
+    """One policy at one depth."""
+
+    policy: str
+    mem_size: int
+    backend: str
+    context: int
+    depth: float
+    trials: int
+    correct: int
+
+
+def passkey_prompts(
+    tokenizer: Any, context: int, depths: Sequence[float], trials: int, seed: int
+) -> list[PasskeyPrompt]:
+    """Prompts of exactly `context` tokens with a random five-digit key (task of arXiv 2305.16300, own wording).
+
+    Raises:
+        InvalidArgumentError: the context is too short for the question.
+    """
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    rng = np.random.default_rng(seed)
+    intro, question, filler = encode(PASSKEY_INTRO), encode(PASSKEY_QUESTION), encode(PASSKEY_FILLER)
+    prompts = []
+    for depth in depths:
+        for _ in range(trials):
+            key = str(rng.integers(10_000, 100_000))
+            needle, whole = encode(PASSKEY_NEEDLE.format(key=key)), encode(f"{PASSKEY_QUESTION} {key}")
+            answer = whole[len(question) :] if whole[: len(question)] == question else encode(f" {key}")
+            room = context - len(intro) - len(needle) - len(question)
+            if room < 0:
+                raise InvalidArgumentError(f"passkey: expected a context of at least {context - room}, got {context}")
+            text = (filler * (room // len(filler) + 1))[:room]
+            # whole sentences before the key
+            at = round(depth * room)
+            at = at if at == room else at - at % len(filler)
+            prompts.append(PasskeyPrompt([*intro, *text[:at], *needle, *text[at:], *question], answer, depth))
+    return prompts
+
+
+def passkey_model(
+    model: ReferenceModel, policy: Policy, prompts: Sequence[PasskeyPrompt], *, block_size: int, batch: int = 8
+) -> list[bool]:
+    """Whether greedy decoding gives the whole key; prompts of one length."""
+    correct: list[bool] = []
+    with torch.inference_mode():
+        for first in range(0, len(prompts), batch):
+            group = prompts[first : first + batch]
+            start, width = len(group[0].ids), max(len(p.answer) for p in group)
+            # greedy decoding follows the answer as long as it is right, so the answer can be read in its place
+            rows = [[*p.ids, *p.answer, *[0] * (width - len(p.answer))][:-1] for p in group]
+            ids = torch.tensor(rows, device=model.device)
+            best = []
+            for forward, hidden in read_forwards(model, policy, ids, block_size, step_from=start):
+                keep = hidden[:, max(0, start - 1 - forward.start) :]
+                best.append(model.lm_head(keep).argmax(-1))
+            found = torch.cat(best, 1).tolist()
+            correct += [f[: len(p.answer)] == p.answer for f, p in zip(found, group, strict=True)]
+    return correct
+
+
+def passkey_session(session: Session, prompts: Sequence[PasskeyPrompt]) -> list[bool]:
+    """As `passkey_model`, by the runtime."""
+    correct = []
+    for prompt in prompts:
+        session.reset()
+        logits = session.prefill(prompt.ids)
+        found = []
+        for token in prompt.answer:
+            found.append(int(logits.argmax()))
+            if found[-1] != token:
+                break
+            logits = session.step(token)
+        correct.append(found == prompt.answer)
+    return correct
+
+
+def passkey_rows(prompts: Sequence[PasskeyPrompt], correct: Sequence[bool], **what: Any) -> list[PasskeyRow]:
+    """Counts by depth."""
+    rows = []
+    for depth in sorted({p.depth for p in prompts}):
+        hits = [c for p, c in zip(prompts, correct, strict=True) if p.depth == depth]
+        rows.append(PasskeyRow(**what, depth=depth, trials=len(hits), correct=sum(hits)))
+    return rows
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _label(row: PerplexityRow | PasskeyRow) -> tuple[str, ...]:
+    regime = (row.regime,) if isinstance(row, PerplexityRow) else ()
+    return (row.policy, str(row.mem_size or "-"), *regime, row.backend)
+
+
+def perplexity_table(rows: Sequence[PerplexityRow]) -> str:
+    """Markdown: a line a policy, a column a context."""
+    contexts = sorted({r.context for r in rows})
+    cells = {(_label(r), r.context): f"{r.perplexity:.3f}" for r in rows}
+    return _table(["policy", "M", "regime", "on"], [_label(r) for r in rows], contexts, cells)
+
+
+def passkey_table(rows: Sequence[PasskeyRow]) -> str:
+    """Markdown: a line a policy and context, a column a depth."""
+    depths = sorted({r.depth for r in rows})
+    cells = {((*_label(r), str(r.context)), r.depth): f"{r.correct}/{r.trials}" for r in rows}
+    labels = [(*_label(r), str(r.context)) for r in rows]
+    return _table(["policy", "M", "on", "context"], labels, depths, cells)
+
+
+def _table(names: list[str], labels: Sequence[tuple[str, ...]], columns: Sequence[Any], cells: dict[Any, str]) -> str:
+    lines = [[*names, *map(str, columns)]]
+    lines += [[*label, *(cells.get((label, c), "") for c in columns)] for label in dict.fromkeys(labels)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(text)
+
+
+def as_json(rows: Sequence[PerplexityRow | PasskeyRow]) -> list[dict[str, Any]]:
+    """Rows for a JSON document."""
+    return [dataclasses.asdict(row) for row in rows]

@@ -1,0 +1,430 @@
+"""A run of lococo-fit: fusion heads trained beside a frozen model, with states to resume from."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lococo_runtime import CorruptError, LococoError, NotFoundError
+from lococo_runtime._exceptions import ConfigError, OutOfMemoryError, TargetExistsError
+from lococo_runtime._process import memory_bytes
+from lococo_runtime.bundle import publish_directory, sha256_file, storage_error
+from torch import Tensor, nn
+
+from lococo_export.checkpoints import (
+    HEADS_CONFIG_NAME,
+    HEADS_NAME,
+    Checkpoint,
+    HeadWeights,
+    load_checkpoint,
+    save_heads,
+)
+from lococo_export.reference import ReferenceModel
+
+from .blocks import FullCache, Policy
+from .data import Corpus, Window, batch_windows, load_corpus
+from .evaluate import choose_windows, window_nll
+from .heads import TrainableHead, initial_heads
+from .losses import Losses, StepLosses
+from .settings import DTYPES, NOT_COMPARED, FitSettings, TrainingPlan, check_plans, choose_device, training_plan
+
+STATE_NAME = "state.pt"
+LOG_NAME = "log.jsonl"
+RECORD_NAME = "lococo_fit.json"
+STATE_VERSION = 1
+MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.txt", "*.jinja", "LICENSE*")
+
+
+class DivergedError(LococoError):
+    """The loss or a gradient became NaN or infinite."""
+
+
+class Fit:
+    """A run: everything it needs, loaded and checked.
+
+    Args:
+        resume: go on from the state in OUTPUT.fit.
+        force: replace OUTPUT, and a state that is not resumed.
+        show: receives lines for people.
+
+    Raises:
+        LococoError: whatever is wrong with model, text or settings, before anything is computed.
+    """
+
+    def __init__(
+        self,
+        settings: FitSettings,
+        *,
+        resume: bool = False,
+        force: bool = False,
+        show: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    ) -> None:
+        self.settings, self.force, self.show = settings, force, show
+        self.output = Path(settings.output).absolute()
+        self.folder = self.output.with_name(self.output.name + ".fit")
+        self._check_targets(resume)
+        cache = settings.cache
+        check_plans(settings)
+        device = choose_device(settings.device)
+        name = settings.dtype if settings.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
+        base = load_checkpoint(
+            settings.model, policy="h2o", mem_size=cache.mem_size, block_size=cache.block_size, buffer=cache.buffer
+        )
+        if base.format == "lococo-merged":
+            raise ConfigError(f"{settings.model}: has fusion heads among its tensors; fit heads for the plain model")
+        self.base = base
+        self.corpus, self.train_documents, self.held_out_documents = _load_text(settings, base)
+        self.windows = self.corpus.windows(settings.context, self.train_documents)
+        self.fingerprint = {"text": self.corpus.key, "model": _model_digest(base)}
+        self.model = ReferenceModel(base, DTYPES[name], device)
+        self.heads = nn.ModuleList(TrainableHead(h, self.model.dtype) for h in self._start()).to(device)
+        self.losses = Losses(self.model, self.heads, settings)
+        convs = [p for n, p in self.heads.named_parameters() if not n.endswith("normalizer")]
+        normalizers = [p for n, p in self.heads.named_parameters() if n.endswith("normalizer")]
+        groups = [
+            {"params": convs, "base_lr": settings.lr},
+            {"params": normalizers, "base_lr": settings.normalizer_lr, "weight_decay": 0.0},
+        ]
+        # a gradient of a relative error over 10 million weights is small: a large eps would swallow it
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, eps=1e-12)
+        self.step = 0
+        self.held_out: dict[str, float] = {}  # perplexities of "full" and "lococo"
+        if resume:
+            self._load_state()
+
+    def _check_targets(self, resume: bool) -> None:
+        state = self.folder / STATE_NAME
+        if self.output.exists() and not self.force:
+            raise TargetExistsError(f"{self.output}: already exists; pass --force to replace it, or choose another")
+        if resume and not state.exists():
+            raise NotFoundError(f"{state}: nothing to resume; leave --resume out")
+        if state.exists() and not resume and not self.force:
+            raise TargetExistsError(f"{state}: an unfinished run; pass --resume to go on, or --force to start anew")
+
+    def _start(self) -> tuple[HeadWeights, ...]:
+        s, cache = self.settings, self.settings.cache
+        if not s.init_from:
+            return initial_heads(self.base.geometry, cache, seed=s.seed, std=s.init_std, normalizer=s.init_normalizer)
+        start = load_checkpoint(s.init_from)
+        free = {"block_size", "buffer", "local_len", "activation", "score_decay"}
+        ours, theirs = dataclasses.asdict(cache), dataclasses.asdict(start.config)
+        wrong = [
+            f"{k}: expected {ours[k]!r}, got {theirs[k]!r}" for k in ours if k not in free and ours[k] != theirs[k]
+        ]
+        if wrong or start.geometry != self.base.geometry:
+            raise ConfigError(f"{s.init_from}: heads of another shape: {'; '.join(wrong) or 'another model'}")
+        return start.heads
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def ids(self, windows: list[Window]) -> Tensor:
+        """Tokens (B, context) on the device."""
+        return torch.from_numpy(self.corpus.read(windows, self.settings.context)).to(self.model.device)
+
+    def gradients(self, step: int) -> tuple[StepLosses, TrainingPlan]:
+        """The losses of a step, their gradients in the heads."""
+        s = self.settings
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, plan = self.losses.new(), training_plan(s, step)
+        for i in range(s.accumulate):
+            chosen = batch_windows(self.windows, s.batch, step * s.accumulate + i, s.seed)
+            self.losses.backward(self.ids(chosen), plan, 1 / s.accumulate, losses)
+        return losses, plan
+
+    def lr_factor(self, step: int) -> float:
+        """What learning rates are multiplied with at a step."""
+        s = self.settings
+        warm = min(1.0, (step + 1) / (s.warmup + 1))
+        if s.schedule == "constant":
+            return warm
+        return warm * (0.1 + 0.9 * (1 + math.cos(math.pi * step / s.steps)) / 2)
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step: its entry in the log.
+
+        Raises:
+            DivergedError: a loss or a gradient is not finite; the heads are as they were.
+        """
+        s = self.settings
+        losses, plan = self.gradients(self.step)
+        norms = torch.stack(
+            [torch.stack([p.grad.norm() for p in h.parameters() if p.grad is not None]).norm() for h in self.heads]
+        )  # (layers,)
+        # one wait for the device a step
+        table = torch.cat([losses.layers, norms, losses.lm[None], losses.distill[None]]).cpu()
+        layers, norms_cpu = table[: len(norms)], table[len(norms) : 2 * len(norms)]
+        bad = [i for i in range(len(norms)) if not torch.isfinite(layers[i] + norms_cpu[i])]
+        if bad or not torch.isfinite(table).all():
+            which = f"layer(s) {', '.join(map(str, bad))}" if bad else "the next-token loss"
+            kept = self.folder / STATE_NAME
+            good = f"the last good state is {kept}" if kept.exists() else "no state was saved yet"
+            raise DivergedError(
+                f"step {self.step}: loss or gradient is not finite in {which}; {good}; lower --lr, or look at the text"
+                " of this step"
+            )
+        for h, norm in zip(self.heads, norms_cpu.tolist(), strict=True):
+            if s.clip and norm > s.clip:
+                for p in h.parameters():
+                    if p.grad is not None:
+                        p.grad.mul_(s.clip / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * self.lr_factor(self.step)
+        self.optimizer.step()
+        self.step += 1
+        entry: dict[str, Any] = {"step": self.step, "regime": plan.regime}
+        total = 0.0
+        if s.reconstruction_weight:
+            entry |= {"reconstruction": float(layers.mean()), "layers": layers.tolist()}
+            total += s.reconstruction_weight * entry["reconstruction"]
+        if s.through_model:
+            lm, distill = float(table[-2]), float(table[-1])
+            entry |= {"lm": lm, "perplexity": math.exp(min(lm, 700.0)), "distill": distill}
+            total += s.lm_weight * lm + s.distill_weight * distill
+        return {**entry, "loss": total, "tokens": s.batch * s.accumulate * plan.tokens}
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out perplexities of the second half of windows: "full" (computed once) and "lococo"."""
+        s = self.settings
+        chosen = choose_windows(self.corpus, s.context, s.eval_windows, self.held_out_documents)
+        ids = self.corpus.read(chosen, s.context)
+        policies: list[Policy] = [self.losses.policy]
+        if "full" not in self.held_out:
+            policies.append(FullCache())
+        for policy in policies:
+            nll = window_nll(self.model, policy, ids, block_size=s.block_size, batch=s.batch)
+            self.held_out[policy.name] = math.exp(float(nll[:, s.context // 2 - 1 :].mean()))
+        return dict(self.held_out)
+
+    def estimate(self) -> str:
+        """Measures steps of either regime, changing nothing, and says what the whole run will take."""
+        s = self.settings
+        regimes = {step: training_plan(s, step).regime for step in range(self.step, s.steps)}
+        seconds = {}
+        for regime, step in {regime: step for step, regime in regimes.items()}.items():
+            for _ in range(2):  # the first one warms up
+                self._synchronize()
+                start = time.perf_counter()
+                self.gradients(step)
+                self._synchronize()
+                seconds[regime] = time.perf_counter() - start
+        self.optimizer.zero_grad(set_to_none=True)
+        total = sum(seconds[regime] for regime in regimes.values())
+        if self.model.device.type == "cuda":
+            memory, where = torch.cuda.max_memory_allocated(self.model.device), "on the GPU"
+        else:
+            memory, where = memory_bytes("VmHWM"), "of the process"
+        return (
+            f"estimate: {len(regimes):,} steps, about {total / 60:,.1f} min (measured:"
+            f" {', '.join(f'{t:.2f} s a {regime} step' for regime, t in seconds.items())}; evaluation and saving not"
+            f" counted); peak memory"
+            f" {memory / 2**30:.2f} GiB {where}, and {2 * 4 * self._parameters() / 2**30:.2f} GiB for the optimizer"
+        )
+
+    def _parameters(self) -> int:
+        return sum(p.numel() for p in self.heads.parameters())
+
+    def _synchronize(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+    def run(self, *, estimate_only: bool = False) -> Path:
+        """Trains to the last step and writes the checkpoint; returns its directory.
+
+        Raises:
+            DivergedError: see `train_step`.
+            OutOfMemoryError: what to lower.
+            StorageError, NoSpaceError: a state or the checkpoint cannot be written.
+        """
+        s = self.settings
+        try:
+            self._describe()
+            if self.step < s.steps:
+                self.show(self.estimate())
+            if not estimate_only:
+                self._train()
+                self.publish()
+        except torch.OutOfMemoryError as e:
+            raise OutOfMemoryError(
+                f"out of memory on {self.model.device} at step {self.step}: lower --batch (now {s.batch}; raise"
+                f" --accumulate to make up for it), --context (now {s.context}) or --bptt (now {s.bptt})"
+                + ("; or pass --checkpointing" if s.through_model and not s.checkpointing else "")
+            ) from e
+        return self.output
+
+    def _describe(self) -> None:
+        s, g = self.settings, self.base.geometry
+        for note in self.corpus.notes:
+            self.show(f"note: {note}")
+        self.show(
+            f"{g.family}, {g.num_layers} layers, {self._parameters():,} head parameters; {len(self.windows):,} windows"
+            f" of {s.context:,} tokens from {len(self.train_documents):,} documents, {len(self.held_out_documents):,}"
+            f" documents held out; {self.model.dtype} on {self.model.device}"
+        )
+
+    def _train(self) -> None:
+        s = self.settings
+        self._open_log()
+        if s.eval_every and self.step < s.steps:
+            self._show_held_out()
+        since, tokens, loss_sum, count = time.perf_counter(), 0, 0.0, 0
+        while self.step < s.steps:
+            entry = self.train_step()
+            self._log(entry)
+            tokens, loss_sum, count = tokens + entry["tokens"], loss_sum + entry["loss"], count + 1
+            if self.step % s.log_every == 0 or self.step == s.steps:
+                seconds = time.perf_counter() - since
+                left = seconds / count * (s.steps - self.step)
+                ppl = f"  perplexity {entry['perplexity']:.3f}" if "perplexity" in entry else ""
+                self.show(
+                    f"step {self.step}/{s.steps}  loss {loss_sum / count:.5f}{ppl}  {tokens / seconds:,.0f} tokens/s "
+                    f" {left / 60:.1f} min left"
+                )
+                since, tokens, loss_sum, count = time.perf_counter(), 0, 0.0, 0
+            if s.eval_every and (self.step % s.eval_every == 0 or self.step == s.steps):
+                self._show_held_out()
+                since, tokens, loss_sum, count = time.perf_counter(), 0, 0.0, 0
+            if self.step % s.save_every == 0 or self.step == s.steps:
+                self.save_state()
+
+    def _show_held_out(self) -> None:
+        found = self.evaluate()
+        self._log({"step": self.step, "held_out": found})
+        self.show(
+            f"step {self.step}  held-out perplexity {found['lococo']:.3f} (full cache {found['full']:.3f}), tokens"
+            f" {self.settings.context // 2:,} to {self.settings.context:,}"
+        )
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def _open_log(self) -> None:
+        """Makes the run's folder; entries after the state that is resumed go."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            log = self.folder / LOG_NAME
+            lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and self.step else []
+            kept = []
+            for line in lines:
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # the line that was being written when the run was killed
+                if entry["step"] <= self.step:
+                    kept.append(line)
+            log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        except OSError as e:
+            raise storage_error(e, self.folder) from e
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        try:
+            with (self.folder / LOG_NAME).open("a", encoding="utf-8") as f:
+                f.write(json.dumps(entry) + "\n")
+        except OSError as e:
+            raise storage_error(e, self.folder / LOG_NAME) from e
+
+    def _compared(self) -> dict[str, Any]:
+        settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in NOT_COMPARED}
+        computed = {"dtype": str(self.model.dtype)}  # what auto came to
+        document: dict[str, Any] = json.loads(json.dumps({**settings, **computed, **self.fingerprint}))
+        return document
+
+    def save_state(self) -> Path:
+        """Writes the state to resume from, whole or not at all."""
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "version": STATE_VERSION,
+                "step": self.step,
+                "heads": self.heads.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "held_out": self.held_out,
+                "settings": json.dumps(self._compared()),
+            },
+            buffer,
+        )
+        path = self.folder / STATE_NAME
+        part = path.with_suffix(".part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as f:
+                f.write(buffer.getbuffer())
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, path)
+        except OSError as e:
+            part.unlink(missing_ok=True)
+            raise storage_error(e, path) from e
+        return path
+
+    def _load_state(self) -> None:
+        path = self.folder / STATE_NAME
+        try:
+            state = torch.load(path, map_location=self.model.device, weights_only=True)
+            version, stored = state["version"], json.loads(state["settings"])
+        except Exception as e:  # whatever a damaged pickle raises
+            raise CorruptError(f"{path}: not a state of lococo-fit: {e}; pass --force to start anew") from e
+        if version != STATE_VERSION:
+            raise CorruptError(
+                f"{path}: version: expected {STATE_VERSION}, got {version!r}; pass --force to start anew"
+            )
+        ours = self._compared()
+        wrong = [f"{k}: was {stored.get(k)!r}, now {ours[k]!r}" for k in ours if stored.get(k) != ours[k]]
+        if wrong:
+            raise ConfigError(f"{path}: cannot resume with other settings: {'; '.join(wrong)}")
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.held_out = state["step"], state["held_out"]
+
+    def publish(self) -> None:
+        """Writes the checkpoint: the model's files, the heads, and a record of the run."""
+        s = self.settings
+        skipped = {HEADS_NAME, HEADS_CONFIG_NAME, RECORD_NAME}
+        source = self.base.source_dir
+        with publish_directory(self.output, force=self.force, marker=HEADS_CONFIG_NAME) as staging:
+            for path in sorted({p for pattern in MODEL_FILES for p in source.glob(pattern)}):
+                if path.is_file() and path.name not in skipped:
+                    shutil.copyfile(path, staging / path.name)
+            heads = [h.export(DTYPES[s.heads_dtype]) for h in self.heads if isinstance(h, TrainableHead)]
+            save_heads(staging, s.cache, tuple(heads))
+            (staging / RECORD_NAME).write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
+
+    def _record(self) -> dict[str, Any]:
+        def documents(numbers: list[int]) -> list[dict[str, str]]:
+            return [{"name": self.corpus.names[d], "sha256": self.corpus.digests[d]} for d in numbers]
+
+        return {
+            "settings": self._compared(),
+            "steps": self.step,
+            "held_out_perplexity": self.held_out,
+            "normalizers": [float(h.normalizer.detach()) for h in self.heads if isinstance(h, TrainableHead)],
+            "trained_on": documents(self.train_documents),
+            "held_out": documents(self.held_out_documents),
+            "torch": torch.__version__,
+        }
+
+
+def _load_text(settings: FitSettings, base: Checkpoint) -> tuple[Corpus, list[int], list[int]]:
+    corpus = load_corpus(
+        settings.text,
+        base.source_dir,
+        base.geometry.vocab_size,
+        text_field=settings.text_field,
+        skip_undecodable=settings.skip_undecodable,
+        cache_dir=Path(settings.cache_dir),
+    )
+    corpus.windows(settings.context)  # refuses text shorter than one window, before a split can
+    return corpus, *corpus.split(settings.context, settings.held_out, settings.seed)
+
+
+def _model_digest(checkpoint: Checkpoint) -> str:
+    files = sorted({checkpoint.tensors.file(name) for name in checkpoint.tensors})
+    return "-".join(sha256_file(f)[:16] for f in [checkpoint.source_dir / "config.json", *files])

@@ -1,0 +1,174 @@
+"""The losses of a step, and their gradients.
+
+Three losses, weighted: next-token loss and distillation from the uncompressed model's logits (both read the model with
+the compressed cache and send gradients back through all of it), and the reconstruction of every layer's attention
+output against the full cache. The last takes a layer's inputs from one uncompressed forward, so that each layer is
+trained on its own, with one layer in memory at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lococo_export.reference import Attention, ReferenceModel
+
+from .blocks import BlockReader, Fusion, Slots, append, query_weights, read_uncompressed, visible_columns
+from .evaluate import LOGITS_AT_ONCE
+from .heads import TrainableHead
+from .settings import FitSettings, TrainingPlan
+
+
+@dataclass
+class StepLosses:
+    """Sums over the batches of a step, on the device; each is a mean over tokens."""
+
+    layers: Tensor  # (layers,) squared error of the attention output over its mean square
+    lm: Tensor  # () nats a token
+    distill: Tensor  # () nats a token
+
+
+class Losses:
+    """Computes losses of a batch and leaves their gradients in the heads."""
+
+    def __init__(self, model: ReferenceModel, heads: nn.ModuleList, settings: FitSettings) -> None:
+        self.model, self.settings = model, settings
+        self.policy = Fusion(settings.cache, [h for h in heads if isinstance(h, TrainableHead)])
+
+    def new(self) -> StepLosses:
+        zero = torch.zeros(self.model.geometry.num_layers, device=self.model.device)
+        return StepLosses(zero, zero[:1].sum(), zero[:1].sum())
+
+    def backward(self, ids: Tensor, plan: TrainingPlan, share: float, into: StepLosses) -> None:
+        """Reads ids (B, >= plan.tokens), adds `share` of every loss to `into` and of its gradient to the heads."""
+        s = self.settings
+        ids = ids[:, : plan.tokens]
+        target = None
+        if s.reconstruction_weight or s.distill_weight:
+            target = self._uncompressed(ids, plan, share, into)
+        if s.through_model:
+            self._language(ids, plan, target if s.distill_weight else None, share, into)
+
+    def _uncompressed(self, ids: Tensor, plan: TrainingPlan, share: float, into: StepLosses) -> Tensor:
+        """One uncompressed forward, which every layer is fitted beside: hidden states (B, T, hidden)."""
+        decay, device = self.policy.score_decay, ids.device
+        masks = [(visible_columns(f, device), query_weights(f, decay, device)) for f in plan.forwards]
+
+        def fit_layer(i: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor, target: Tensor) -> None:
+            with torch.enable_grad():
+                into.layers[i] += share * self._layer(i, attention, query, key, value, target, plan, masks, share)
+
+        return read_uncompressed(self.model, ids, fit_layer if self.settings.reconstruction_weight else None)
+
+    def _layer(
+        self,
+        i: int,
+        attention: Attention,
+        query: Tensor,  # (B, H, T, d)
+        key: Tensor,  # (B, K, T, d)
+        value: Tensor,  # (B, K, T, d)
+        target: Tensor,  # (B, T, hidden)
+        plan: TrainingPlan,
+        masks: list[tuple[Tensor, Tensor]],
+        share: float,
+    ) -> Tensor:
+        """The layer's loss (); one layer reads the whole window with the compressed cache."""
+        power = target.float().square().mean()
+        total = torch.zeros_like(power)
+        slots: Slots | None = None
+        segment = _Segment(self.settings.bptt, share * self.settings.reconstruction_weight)
+        for forward, (visible, weight) in zip(plan.forwards, masks, strict=True):
+            part = slice(forward.start, forward.stop)
+            keys, values = key[:, :, part], value[:, :, part]
+            if slots is not None:
+                keys, values = torch.cat([slots.key, keys], 2), torch.cat([slots.value, values], 2)
+            out, received = attention.attend(query[:, :, part], keys, values, visible, weight)
+            if out.requires_grad:
+                error = (out.float() - target[:, part].float()).square().mean() / power
+                error = error * ((forward.stop - forward.start) / plan.scored_tokens)
+                total += error.detach()
+                segment.add(error)
+            slots = append(slots, keys, values, received, forward, self.policy.score_decay)
+            if forward.fuses and forward is not plan.forwards[-1]:
+                if segment.ends(plan.trains(forward)):
+                    slots = slots.detach()
+                with torch.set_grad_enabled(plan.trains(forward)):
+                    slots = self.policy.compress(i, slots, forward.stop)
+        segment.backward()
+        return total
+
+    def _language(
+        self, ids: Tensor, plan: TrainingPlan, teacher: Tensor | None, share: float, into: StepLosses
+    ) -> None:
+        s = self.settings
+        reader = BlockReader(self.model, self.policy, checkpointing=s.checkpointing)
+        segment = _Segment(s.bptt, share)
+        # the last token of a window has no next one
+        count = len(ids) * (plan.scored_tokens - 1)
+        for forward in plan.forwards:
+            hidden = reader.read(ids[:, forward.start : forward.stop], forward)
+            if hidden.requires_grad:
+                targets = ids[:, forward.start + 1 : forward.stop + 1]
+                n = targets.shape[1]
+                goal = None if teacher is None else teacher[:, forward.start : forward.start + n]
+                lm, distill = self._token_losses(hidden[:, :n], targets, goal)
+                into.lm += share / count * lm.detach()
+                into.distill += share / count * distill.detach()
+                segment.add((s.lm_weight * lm + s.distill_weight * distill) / count)
+            if forward.fuses and forward is not plan.forwards[-1]:
+                if segment.ends(plan.trains(forward)):
+                    reader.detach()
+                with torch.set_grad_enabled(plan.trains(forward)):
+                    reader.compress()
+        segment.backward()
+
+    def _token_losses(self, hidden: Tensor, targets: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sums of next-token loss and divergence from the teacher; logits exist a piece at a time."""
+
+        def piece(h: Tensor, t: Tensor, goal: Tensor | None) -> tuple[Tensor, Tensor]:
+            logits = self.model.lm_head(h).float()
+            if goal is None:
+                return F.cross_entropy(logits, t, reduction="sum"), logits.new_zeros(())
+            wanted = self.model.lm_head(goal).float().log_softmax(-1)
+            found = logits.log_softmax(-1)
+            distill = F.kl_div(found, wanted, reduction="sum", log_target=True)
+            return F.nll_loss(found, t, reduction="sum"), distill
+
+        h, t = hidden.flatten(0, 1), targets.flatten()
+        goal = None if teacher is None else teacher.flatten(0, 1)
+        lm, distill = h.new_zeros((), dtype=torch.float32), h.new_zeros((), dtype=torch.float32)
+        for a in range(0, len(t), LOGITS_AT_ONCE):
+            part = slice(a, a + LOGITS_AT_ONCE)
+            losses = checkpoint(piece, h[part], t[part], None if goal is None else goal[part], use_reentrant=False)
+            lm, distill = lm + losses[0], distill + losses[1]
+        return lm, distill
+
+
+class _Segment:
+    """Truncated backpropagation: the losses since the gradient's way back was last cut."""
+
+    def __init__(self, limit: int, scale: float) -> None:
+        self.limit, self.scale = limit, scale
+        self.fusions = 0
+        self.loss: Tensor | None = None
+
+    def add(self, loss: Tensor) -> None:
+        self.loss = loss if self.loss is None else self.loss + loss
+
+    def ends(self, trains: bool) -> bool:
+        """Called before every fusion: whether to cut here. Gradients are then taken."""
+        if self.fusions < self.limit:
+            self.fusions += trains
+            return False
+        self.backward()
+        self.fusions = 1
+        return True
+
+    def backward(self) -> None:
+        if self.loss is not None:
+            (self.loss * self.scale).backward()  # type: ignore[no-untyped-call]
+        self.loss = None

@@ -1,0 +1,217 @@
+"""What a run of lococo-fit computes: its settings, and the plan of every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from lococo_runtime._exceptions import ConfigError, UnsupportedError
+from lococo_runtime.bundle import LococoConfig
+
+from .blocks import Forward, plan_forwards
+from .data import DEFAULT_CACHE
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Everything that decides what a run computes. Flags and the keys of a configuration file have these names.
+
+    Raises:
+        ConfigError: naming the field, what was expected and what was given.
+    """
+
+    model: str = _option("", "Hugging Face model directory with tokenizer.json")
+    text: tuple[str, ...] = _option((), "files or directories: text, .jsonl, .parquet, saved datasets")
+    output: str = _option("", "checkpoint to make; the run's own files go to OUTPUT.fit")
+
+    mem_size: int = _option(256, "M, slots left by a fusion")
+    hh_keep_rate: float = _option(0.5, "share of slots kept verbatim")
+    local_len: int = _option(64, "most recent slots always kept, a part of those kept verbatim")
+    block_size: int = _option(512, "tokens of one forward")
+    buffer: int = _option(16, "slots above M before a fusion fires")
+    kernel_size: int = _option(21, "width of the convolutions")
+    num_conv_layers: int = _option(1, "convolutions of a head")
+    conv_expand: int = _option(1, "channels of inner convolutions, as a multiple of the mixed slots")
+    fusion_activation: str = _option("none", "after every convolution: none, relu, silu, gelu, tanh")
+    score_decay: float = _option(0.0, "0: scores of the last forward; up to 1: accumulated with this decay")
+
+    reconstruction_weight: float = _option(1.0, "of the layers' attention outputs against the full cache")
+    lm_weight: float = _option(0.0, "of the next-token loss, through the whole model")
+    distill_weight: float = _option(0.0, "of the divergence from the full cache's logits, through the whole model")
+    bptt: int = _option(2, "fusions that a gradient crosses")
+    decode_share: float = _option(0.25, "share of steps that fit token-by-token decoding, the others fit blocks")
+    decode_fusions: int = _option(8, "fusions of such a step")
+
+    context: int = _option(4096, "tokens of a window")
+    batch: int = _option(8, "windows read at once")
+    accumulate: int = _option(1, "batches of one step")
+    steps: int = _option(1000, "optimizer steps")
+    lr: float = _option(2e-2, "learning rate of the convolutions")
+    normalizer_lr: float = _option(2e-2, "learning rate of the normalizers")
+    schedule: str = _option("cosine", "constant, or cosine down to a tenth")
+    warmup: int = _option(20, "steps of linear warm-up")
+    weight_decay: float = _option(0.0, "of AdamW")
+    clip: float = _option(1.0, "largest norm of a layer's gradient; 0 clips nothing")
+    seed: int = _option(0, "of initial heads, order and split; repeats a run")
+    held_out: float = _option(0.1, "share of documents kept for evaluation")
+    init_std: float = _option(0.3, "standard deviation of initial convolution weights")
+    init_normalizer: float = _option(0.5, "initial normalizers: 0 copies, 1 mixes")
+    init_from: str = _option("", "checkpoint whose heads to begin with")
+
+    dtype: str = _option("auto", "of model and cache: fp32, bf16, fp16; auto is bf16 on a GPU, else fp32")
+    device: str = _option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one")
+    checkpointing: bool = _option(False, "compute layers again in the backward pass (lm and distill losses)")
+    heads_dtype: str = _option("fp32", "in which heads are saved: fp32, bf16, fp16")
+    log_every: int = _option(10, "steps between progress lines")
+    eval_every: int = _option(100, "steps between held-out perplexities; 0 never")
+    eval_windows: int = _option(8, "windows of a held-out perplexity")
+    save_every: int = _option(50, "steps between states to resume from")
+    text_field: str = _option("text", "of JSONL objects and table columns")
+    skip_undecodable: bool = _option(False, "leave out files that are not UTF-8 text")
+    cache_dir: str = _option(str(DEFAULT_CACHE), "where tokenised text is kept")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(f.default, float) and type(value) is int:
+                object.__setattr__(self, f.name, float(value))
+            elif type(value) is not type(f.default):
+                raise ConfigError(f"{f.name}: expected {type(f.default).__name__}, got {value!r}")
+        for name in ("model", "text", "output"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name}: expected --{name} on the command line or in the configuration file")
+        for name in ("bptt", "context", "batch", "accumulate", "steps", "log_every", "save_every", "eval_windows",
+                     "decode_fusions"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("reconstruction_weight", "lm_weight", "distill_weight", "lr", "normalizer_lr", "warmup", "clip",
+                     "weight_decay", "eval_every", "seed", "init_std"):  # fmt: skip
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("decode_share", "held_out"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        if not self.reconstruction_weight and not self.through_model:
+            raise ConfigError("lm_weight, distill_weight, reconstruction_weight: expected one above 0, all are 0")
+        for name, allowed in (
+            ("schedule", ("constant", "cosine")),
+            ("dtype", ("auto", *DTYPES)),
+            ("heads_dtype", tuple(DTYPES)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.eval_every and not self.held_out:
+            raise ConfigError("held_out: expected more than 0 for held-out perplexities; or pass --eval-every 0")
+
+    @property
+    def through_model(self) -> bool:
+        """Gradients go through the whole model, not only through single layers."""
+        return bool(self.lm_weight or self.distill_weight)
+
+    @property
+    def cache(self) -> LococoConfig:
+        """The slot cache to fit heads for."""
+        return LococoConfig.from_rate(
+            self.mem_size,
+            self.hh_keep_rate,
+            self.block_size,
+            local_len=self.local_len,
+            buffer=self.buffer,
+            kernel_size=self.kernel_size,
+            num_conv_layers=self.num_conv_layers,
+            conv_expand=self.conv_expand,
+            activation=self.fusion_activation,
+            score_decay=self.score_decay,
+        )
+
+
+NOT_COMPARED = (
+    "model", "text", "output", "cache_dir", "init_from", "device", "log_every", "eval_every", "eval_windows",
+    "save_every", "heads_dtype",
+)  # fmt: skip
+"""Settings that a resumed run may change; what lies behind the paths is compared by its contents."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes a GPU if there is one.
+
+    Raises:
+        UnsupportedError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UnsupportedError(f"device: {name!r} is not available here: {str(e).splitlines()[0]}") from e
+    return torch.device(name)
+
+
+# --- what a step reads ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Forwards over one batch; fusions after forwards that start at `trains_from` or later are trained."""
+
+    forwards: list[Forward]
+    trains_from: int
+
+    def trains(self, forward: Forward) -> bool:
+        """The fusion after this forward is trained."""
+        return forward.fuses and forward.start >= self.trains_from and forward is not self.forwards[-1]
+
+    @property
+    def regime(self) -> str:
+        """One of "block" and "step"."""
+        return "step" if self.forwards[-1].stepwise else "block"
+
+    @property
+    def tokens(self) -> int:
+        return self.forwards[-1].stop
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens that see the outcome of a trained fusion."""
+        first = next((f.stop for f in self.forwards if self.trains(f)), self.tokens)
+        return self.tokens - first
+
+
+def training_plan(settings: FitSettings, step: int) -> TrainingPlan:
+    """What step number `step` reads of its windows: blocks to the end; or, for a share of the steps, a random number of
+    blocks and then tokens as decoding reads them."""
+    cache, context = settings.cache, settings.context
+    rng = np.random.default_rng([settings.seed, step])
+    if rng.random() >= settings.decode_share:
+        return TrainingPlan(plan_forwards(context, cache.block_size, cache.capacity, cache.mem_size), 0)
+    needed = cache.capacity + 1 + settings.decode_fusions * (cache.buffer + 1)
+    most = max(0, context - needed) // cache.block_size
+    start = int(rng.integers(min(1, most), most + 1)) * cache.block_size
+    plan = plan_forwards(context, cache.block_size, cache.capacity, cache.mem_size, step_from=start)
+    steps = [f for f in plan if f.stepwise][: settings.decode_fusions + 1]
+    return TrainingPlan([f for f in plan if not f.stepwise] + steps, start)
+
+
+def check_plans(settings: FitSettings) -> None:
+    """Raises ConfigError if a window never sees a fusion of either regime."""
+    for regime, share in (("blocks", 0.0), ("decoding", 1.0)):
+        if (regime == "blocks" and settings.decode_share == 1) or (regime == "decoding" and not settings.decode_share):
+            continue
+        plan = training_plan(dataclasses.replace(settings, decode_share=share), 0)
+        if plan.scored_tokens == 0:
+            cache = settings.cache
+            raise ConfigError(
+                f"context={settings.context}: no fusion is followed by tokens when reading {regime}; expected more than"
+                f" M + buffer = {cache.capacity} tokens and another forward (block_size={cache.block_size}); raise"
+                " --context, or lower --mem-size or --block-size"
+            )
