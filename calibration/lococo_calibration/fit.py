@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lococo_runtime import CorruptError, LococoError, NotFoundError
@@ -89,7 +89,11 @@ class Fit:
         self.model = ReferenceModel(base, DTYPES[name], device)
         self.heads = nn.ModuleList(TrainableHead(h, self.model.dtype) for h in self._start()).to(device)
         self.losses = Losses(self.model, self.heads, settings)
-        convs = [p for n, p in self.heads.named_parameters() if not n.endswith("normalizer")]
+        if settings.fusion_activation == "none":
+            # it cancels in the softmax: its gradient is rounding, which Adam would blow up to full steps
+            for head in self.heads:
+                cast(TrainableHead, head).biases[-1].requires_grad_(False)
+        convs = [p for n, p in self.heads.named_parameters() if p.requires_grad and not n.endswith("normalizer")]
         normalizers = [p for n, p in self.heads.named_parameters() if n.endswith("normalizer")]
         groups = [
             {"params": convs, "base_lr": settings.lr},
@@ -274,7 +278,7 @@ class Fit:
     def _train(self) -> None:
         s = self.settings
         self._open_log()
-        if s.eval_every and self.step < s.steps:
+        if s.eval_every and self.step == 0:
             self._show_held_out()
         since, tokens, loss_sum, count = time.perf_counter(), 0, 0.0, 0
         while self.step < s.steps:

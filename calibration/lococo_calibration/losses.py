@@ -77,8 +77,8 @@ class Losses:
         share: float,
     ) -> Tensor:
         """The layer's loss (); one layer reads the whole window with the compressed cache."""
-        power = target.float().square().mean()
-        total = torch.zeros_like(power)
+        power = target.float().square().mean((1, 2), keepdim=True)  # (B, 1, 1): of a window, whatever it is read with
+        total = torch.zeros((), device=target.device)
         slots: Slots | None = None
         segment = _Segment(self.settings.bptt, share * self.settings.reconstruction_weight)
         for forward, (visible, weight) in zip(plan.forwards, masks, strict=True):
@@ -88,7 +88,7 @@ class Losses:
                 keys, values = torch.cat([slots.key, keys], 2), torch.cat([slots.value, values], 2)
             out, received = attention.attend(query[:, :, part], keys, values, visible, weight)
             if out.requires_grad:
-                error = (out.float() - target[:, part].float()).square().mean() / power
+                error = ((out.float() - target[:, part].float()).square() / power).mean()
                 error = error * ((forward.stop - forward.start) / plan.scored_tokens)
                 total += error.detach()
                 segment.add(error)

@@ -1,0 +1,356 @@
+"""Block-wise reading against the reference, the baselines against hand-worked cases, and losses and their gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lococo_calibration.blocks import (
+    BlockReader,
+    FullCache,
+    Fusion,
+    Policy,
+    Slots,
+    Streaming,
+    plan_forwards,
+    read_uncompressed,
+)
+from lococo_calibration.evaluate import check_contexts, perplexity_rows, read_forwards, window_nll
+from lococo_calibration.heads import TrainableHead, initial_heads
+from lococo_calibration.losses import Losses
+from lococo_calibration.settings import FitSettings, TrainingPlan, training_plan
+from lococo_runtime import InvalidArgumentError
+from lococo_runtime._exceptions import ConfigError
+from lococo_runtime.bundle import LococoConfig
+from tiny_models import make_model, random_heads, small_cache
+from torch import nn
+
+from lococo_export.checkpoints import Checkpoint, load_checkpoint
+from lococo_export.reference import ReferenceModel, ReferenceSession, rotate
+
+VOCAB, CONTEXT = 96, 70
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    path = tmp_path_factory.mktemp("model")
+    make_model(path)
+    return load_checkpoint(path, policy="h2o", mem_size=12, block_size=8, buffer=4)
+
+
+@pytest.fixture(scope="module")
+def windows() -> np.ndarray:
+    return np.random.default_rng(0).integers(3, VOCAB, (3, CONTEXT))
+
+
+def with_heads(base: Checkpoint, cache: LococoConfig) -> ReferenceModel:
+    heads = random_heads(base.geometry, cache) if cache.policy == "lococo" else ()
+    return ReferenceModel(dataclasses.replace(base, config=cache, heads=heads))
+
+
+def policy_of(model: ReferenceModel) -> Fusion:
+    return Fusion(model.cache, model.heads)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_blocks() -> None:
+    plan = plan_forwards(30, 8, 16, 12)
+    assert [(f.start, f.stop, f.past, f.fuses) for f in plan] == [
+        (0, 8, 0, False),
+        (8, 16, 8, False),
+        (16, 24, 16, True),  # 24 columns are more than 16
+        (24, 30, 12, True),
+    ]
+
+
+def test_plan_of_steps_fuses_every_buffer_plus_one() -> None:
+    plan = plan_forwards(40, 8, 16, 12, step_from=24)
+    assert [(f.start, f.stop, f.past, f.stepwise, f.fuses) for f in plan[3:]] == [
+        (24, 29, 12, True, True),
+        (29, 34, 12, True, True),
+        (34, 39, 12, True, True),
+        (39, 40, 12, True, False),
+    ]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+CACHES = {
+    "lococo": small_cache(activation="none"),
+    "accumulated": small_cache(score_decay=1.0, activation="none"),
+    "decayed": small_cache(score_decay=0.7, num_conv_layers=2, conv_expand=2),
+    "h2o": LococoConfig.h2o(12, 8, buffer=4),
+}
+
+
+@pytest.mark.parametrize("step_from", [None, 16, 24], ids=["blocks", "steps", "steps-after-fusion"])
+@pytest.mark.parametrize("name", CACHES)
+def test_reads_as_the_reference(base: Checkpoint, windows: np.ndarray, name: str, step_from: int | None) -> None:
+    """Tokens between two fusions read at once give what the reference gives one token at a time."""
+    model = with_heads(base, CACHES[name])
+    session = ReferenceSession(model, len(windows))
+    split = CONTEXT if step_from is None else step_from
+    expected = [session.prefill(torch.from_numpy(windows[:, :split]), return_all=True)]
+    expected += [session.step(torch.from_numpy(ids))[:, None] for ids in windows[:, split:].T]
+    hidden = torch.cat(
+        [h for _, h in read_forwards(model, policy_of(model), torch.from_numpy(windows), 8, step_from)], 1
+    )
+    torch.testing.assert_close(model.lm_head(hidden), torch.cat(expected, 1), atol=2e-5, rtol=1e-4)
+
+
+def test_full_cache_is_one_causal_forward(base: Checkpoint, windows: np.ndarray) -> None:
+    model = with_heads(base, LococoConfig.h2o(CONTEXT, CONTEXT))
+    expected = ReferenceSession(model, len(windows)).prefill(torch.from_numpy(windows), return_all=True)
+    hidden = torch.cat([h for _, h in read_forwards(model, FullCache(), torch.from_numpy(windows), 8)], 1)
+    torch.testing.assert_close(model.lm_head(hidden), expected, atol=2e-5, rtol=1e-4)
+    hidden = read_uncompressed(model, torch.from_numpy(windows))
+    torch.testing.assert_close(model.lm_head(hidden), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_nll_is_that_of_the_logits(base: Checkpoint, windows: np.ndarray) -> None:
+    model = with_heads(base, CACHES["lococo"])
+    logits = ReferenceSession(model, len(windows)).prefill(torch.from_numpy(windows), return_all=True)
+    expected = -logits.log_softmax(-1)[:, :-1].gather(2, torch.from_numpy(windows)[:, 1:, None])[..., 0]
+    nll = window_nll(model, policy_of(model), windows, block_size=8, batch=2)
+    np.testing.assert_allclose(nll, expected.numpy(), atol=1e-4)
+
+
+def test_perplexity_counts_the_second_half_of_a_context() -> None:
+    nll = np.log(np.array([[9.0, 9, 9, 2, 8, 2, 8], [9, 9, 9, 4, 4, 4, 4]], np.float32))  # 8 tokens
+    rows = perplexity_rows(nll, [8], ["a", "b"], policy="full", mem_size=0, regime="block", backend="pytorch")
+    assert rows[0].tokens == 8
+    assert rows[0].perplexity == pytest.approx(4.0)
+    assert rows[0].by_document == pytest.approx({"a": 4.0, "b": 4.0})
+
+
+# --- H2O and StreamingLLM by hand -------------------------------------------------------------------------------------
+
+
+def columns(*numbers: float) -> torch.Tensor:
+    """Keys or values of one sequence, one head, two channels, each column its number."""
+    return torch.tensor(numbers)[None, None, :, None].expand(-1, -1, -1, 2)
+
+
+def test_h2o_keeps_heavy_hitters_and_recent_tokens() -> None:
+    """M=4: of 7 columns the last two are recent; 1 and 3 have the highest scores of the others."""
+    policy = Fusion(LococoConfig.h2o(4, 4, buffer=0))
+    scores = torch.tensor([[[0.1, 0.9, 0.2, 0.8, 0.3, 5.0, 0.0]]])
+    slots = policy.compress(0, Slots(columns(*range(7)), columns(*range(10, 17)), scores), 7)
+    assert slots.key[0, 0, :, 0].tolist() == [1, 3, 5, 6]
+    assert slots.value[0, 0, :, 0].tolist() == [11, 13, 15, 16]
+    torch.testing.assert_close(slots.scores, torch.tensor([[[0.9, 0.8, 5.0, 0.0]]]))
+
+
+def test_h2o_accumulates_scores(base: Checkpoint, windows: np.ndarray) -> None:
+    """A column's score is the attention it received from every query so far, not from the last forward alone."""
+    model = with_heads(base, LococoConfig.h2o(40, 8, buffer=0))
+    ids = torch.from_numpy(windows[:, :16])
+    received: list[torch.Tensor] = []
+    for split in ([8, 8], [16]):
+        reader, start = BlockReader(model, policy_of(model)), 0
+        for n in split:
+            (forward,) = plan_forwards(n, n, None, 0)
+            reader.read(ids[:, start : start + n], dataclasses.replace(forward, past=start))
+            start += n
+        received.append(reader.slots[0].scores)
+    torch.testing.assert_close(received[0], received[1])
+    # a query hands out 1 for every head; two query heads share a column's head
+    torch.testing.assert_close(received[0].sum(-1), torch.full((3, 2), 2.0 * 16))
+
+
+def test_streaming_keeps_sinks_and_recent_tokens(base: Checkpoint) -> None:
+    model = ReferenceModel(base)
+    policy = Streaming(model, mem_size=6, buffer=0, num_sinks=2)
+    raw = torch.randn(1, 2, 9, 8)
+
+    def turned(position: int, column: int) -> torch.Tensor:
+        cos, sin = model.rotary(torch.tensor([position]), 1)
+        return rotate(raw[:, :, column : column + 1], cos, sin)
+
+    keys = torch.cat([turned(i, i) for i in range(9)], 2)
+    slots = policy.compress(0, Slots(keys, columns(*range(9)).expand(-1, 2, -1, -1), torch.zeros(1, 2, 9)), 9)
+    assert slots.value[0, 0, :, 0].tolist() == [0, 1, 5, 6, 7, 8]
+    # the next token's query stands at 9 here; renumbered within the cache it would stand at 6, the columns at 0 to 5
+    query = torch.randn(1, 2, 1, 8)
+    cos, sin = model.rotary(torch.tensor([9]), 1)
+    found = rotate(query, cos, sin) @ slots.key.transpose(2, 3)
+    renumbered = torch.cat([turned(i, c) for i, c in enumerate([0, 1, 5, 6, 7, 8])], 2)
+    cos, sin = model.rotary(torch.tensor([6]), 1)
+    torch.testing.assert_close(found, rotate(query, cos, sin) @ renumbered.transpose(2, 3), atol=1e-5, rtol=1e-5)
+
+
+def test_streaming_turns_sinks_from_where_they_were_read(base: Checkpoint, windows: np.ndarray) -> None:
+    """Thousands of evictions in half precision do not wear the sinks out: their length stays."""
+    model = ReferenceModel(base, torch.bfloat16)
+    policy = Streaming(model, mem_size=8, buffer=0)
+    key = torch.randn(1, 2, 9, 8).bfloat16()
+    slots = Slots(key, key, torch.zeros(1, 2, 9))
+    for position in range(9, 2000):
+        slots = policy.compress(0, slots, position)
+        grown = [torch.cat([x, x[:, :, -1:]], 2) for x in (slots.key, slots.value, slots.scores)]
+        slots = Slots(grown[0], grown[1], grown[2], slots.sinks)
+    lengths = [x[:, :, :4].float().norm(dim=-1) for x in (slots.key, key)]
+    torch.testing.assert_close(lengths[0], lengths[1], atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("policy", [Fusion(CACHES["h2o"]), Fusion(LococoConfig.h2o(12, 64))])
+def test_contexts_without_fusion_are_refused(policy: Policy) -> None:
+    check_contexts([200], policy, policy.cache.block_size)  # type: ignore[attr-defined]
+    with pytest.raises(InvalidArgumentError, match="no fusion ever happens"):
+        check_contexts([16], policy, policy.cache.block_size)  # type: ignore[attr-defined]
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def settings(**changes: Any) -> FitSettings:
+    small: dict[str, Any] = {
+        "model": "m", "text": ("t",), "output": "o", "mem_size": 12, "local_len": 3, "block_size": 8, "buffer": 4,
+        "kernel_size": 5, "context": CONTEXT, "batch": 3, "decode_fusions": 3, "device": "cpu",
+    }  # fmt: skip
+    return FitSettings(**{**small, **changes})
+
+
+LOSSES = {
+    "reconstruction": {},
+    "next-token": {"reconstruction_weight": 0.0, "lm_weight": 1.0},
+    "distillation": {"reconstruction_weight": 0.0, "distill_weight": 1.0},
+}
+
+
+def gradients(base: Checkpoint, windows: np.ndarray, s: FitSettings) -> tuple[nn.ModuleList, Losses, TrainingPlan]:
+    model = ReferenceModel(base)
+    start = initial_heads(base.geometry, s.cache, seed=1, std=0.3, normalizer=0.5)
+    heads = nn.ModuleList(TrainableHead(h, torch.float32) for h in start)
+    losses, plan = Losses(model, heads, s), training_plan(s, 0)
+    losses.backward(torch.from_numpy(windows), plan, 1.0, losses.new())
+    return heads, losses, plan
+
+
+@pytest.mark.parametrize("regime", ["block", "step"])
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("convs", [1, 2])
+def test_gradients_reach_every_parameter(
+    base: Checkpoint, windows: np.ndarray, kind: str, regime: str, convs: int
+) -> None:
+    s = settings(decode_share=float(regime == "step"), num_conv_layers=convs, conv_expand=2, **LOSSES[kind])
+    heads, _, plan = gradients(base, windows, s)
+    assert plan.regime == regime
+    for name, parameter in heads.named_parameters():
+        assert parameter.grad is not None, name
+        # a constant added to all logits of a slot cancels in its softmax: a last bias has no gradient
+        if not name.endswith(f"biases.{convs - 1}"):
+            assert parameter.grad.abs().max() > 1e-9, name
+
+
+def test_reconstruction_loss_by_its_definition(base: Checkpoint, windows: np.ndarray) -> None:
+    """The whole graph at once, without truncation, gives the same loss and gradient as segments as long as it."""
+    s = settings(decode_share=0.0, bptt=100)
+    heads, losses, plan = gradients(base, windows, s)
+    found = [p.grad.clone() for p in heads.parameters() if p.grad is not None]
+    heads.zero_grad()
+    model, ids = losses.model, torch.from_numpy(windows)
+    total = torch.zeros(())
+
+    def layer(i: int, attention: Any, q: Any, k: Any, v: Any, target: Any) -> None:
+        nonlocal total
+        with torch.enable_grad():
+            slots = None
+            for f in plan.forwards:
+                part = slice(f.start, f.stop)
+                key, value = k[:, :, part], v[:, :, part]
+                if slots is not None:
+                    key, value = torch.cat([slots.key, key], 2), torch.cat([slots.value, value], 2)
+                visible = torch.ones(f.stop - f.start, key.shape[2], dtype=torch.bool).tril(f.past)[None]
+                out, scores = attention.attend(q[:, :, part], key, value, visible, torch.ones(1, f.stop - f.start))
+                if f.past == 12:  # after a fusion
+                    total = (
+                        total + ((out - target[:, part]).square() / target.square().mean((1, 2), keepdim=True)).sum()
+                    )
+                slots = Slots(key, value, scores.detach())
+                if f.fuses and f is not plan.forwards[-1]:
+                    slots = losses.policy.compress(i, slots, f.stop)
+
+    read_uncompressed(model, ids, layer)
+    (total / (len(ids) * plan.scored_tokens * model.geometry.hidden_size)).backward()
+    for expected, got in zip((p.grad for p in heads.parameters()), found, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-4)
+
+
+def test_truncation_changes_gradients_not_losses(base: Checkpoint, windows: np.ndarray) -> None:
+    found = {}
+    for bptt in (1, 100):
+        s = settings(decode_share=0.0, bptt=bptt, lm_weight=1.0)
+        heads, losses, plan = gradients(base, windows, s)
+        total = losses.new()
+        losses.backward(torch.from_numpy(windows), plan, 1.0, total)
+        found[bptt] = (total, [p.grad for p in heads.parameters() if p.grad is not None])
+    torch.testing.assert_close(found[1][0].layers, found[100][0].layers)
+    torch.testing.assert_close(found[1][0].lm, found[100][0].lm)
+    assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(found[1][1], found[100][1], strict=True))
+
+
+def test_checkpointing_gives_the_same_gradients(base: Checkpoint, windows: np.ndarray) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        s = settings(checkpointing=checkpointing, distill_weight=0.5, lm_weight=0.5, decode_share=0.0)
+        heads, _, _ = gradients(base, windows, s)
+        grads.append([p.grad for p in heads.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_next_token_loss_is_that_of_evaluation(base: Checkpoint, windows: np.ndarray) -> None:
+    s = settings(decode_share=0.0, reconstruction_weight=0.0, lm_weight=1.0, distill_weight=1.0)
+    _, losses, plan = gradients(base, windows, s)
+    total = losses.new()
+    losses.backward(torch.from_numpy(windows), plan, 1.0, total)
+    nll = window_nll(losses.model, losses.policy, windows, block_size=8)
+    first = plan.tokens - plan.scored_tokens
+    assert float(total.lm) == pytest.approx(float(nll[:, first:].mean()), rel=1e-5)
+    assert float(total.distill) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context": 16}, "no fusion is followed by tokens"),
+        ({"mem_size": 80, "local_len": 8}, "no fusion is followed by tokens"),
+    ],
+)
+def test_windows_without_fusion_are_refused(changes: dict[str, Any], message: str) -> None:
+    from lococo_calibration.settings import check_plans
+
+    with pytest.raises(ConfigError, match=message):
+        check_plans(settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reconstruction_weight": 0.0}, "expected one above 0"),
+        ({"bptt": 0}, "bptt: expected at least 1"),
+        ({"steps": "many"}, "steps: expected int"),
+        ({"schedule": "linear"}, "schedule: expected one of"),
+        ({"held_out": 0.0}, "--eval-every 0"),
+        ({"text": ()}, "expected --text"),
+        ({"lr": float("nan")}, "lr: expected 0 or more"),
+        ({"decode_share": 1.5}, "decode_share: expected 0 to 1"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(**changes)
+
+
+def test_plans_of_decoding_fit_the_window() -> None:
+    s = settings(decode_share=1.0)
+    plans = [training_plan(s, step) for step in range(50)]
+    assert all(p.tokens <= CONTEXT and p.regime == "step" for p in plans)
+    assert all(sum(p.trains(f) for f in p.forwards) == s.decode_fusions for p in plans)
+    assert len({p.trains_from for p in plans}) > 1

@@ -1,0 +1,443 @@
+"""lococo-fit and lococo-eval end to end on a tiny model: text, killed runs, checkpoints, bundles, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lococo_calibration import DivergedError, Fit, FitSettings, load_corpus
+from lococo_calibration.blocks import Fusion
+from lococo_calibration.cli import eval_main, fit_main
+from lococo_calibration.data import batch_windows
+from lococo_calibration.evaluate import PasskeyPrompt, passkey_model, passkey_prompts, passkey_session
+from lococo_runtime import CorruptError, InvalidArgumentError, NotFoundError, Session
+from lococo_runtime._exceptions import ConfigError, NoSpaceError, TargetExistsError
+from tiny_models import make_model
+from tokenizers import Tokenizer, models
+
+from lococo_export import export_bundle, load_checkpoint
+from lococo_export.reference import ReferenceModel, ReferenceSession
+
+LETTERS = [*map(chr, range(32, 127)), "\n"]
+SMALL: dict[str, Any] = {
+    "mem_size": 12, "local_len": 3, "block_size": 8, "buffer": 4, "kernel_size": 5, "context": 64, "batch": 4,
+    "decode_fusions": 3, "steps": 12, "eval_every": 0, "save_every": 4, "device": "cpu",
+}  # fmt: skip
+
+
+def save_tokenizer(path: Path) -> None:
+    """One token a character: 96 of them."""
+    Tokenizer(models.BPE({c: i for i, c in enumerate(LETTERS)}, [])).save(str(path / "tokenizer.json"))
+
+
+def random_text(n: int, seed: int) -> str:
+    """Words that come back, so that there is something to attend to."""
+    rng = np.random.default_rng(seed)
+    words = ["".join(rng.choice(LETTERS[33:60], 4)) for _ in range(12)]
+    return " ".join(rng.choice(words, n // 5 + 1))[:n]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make_model(path)
+    save_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text")
+    for i in range(6):
+        (path / f"{i}.txt").write_text(random_text(400 + i, i))
+    return path
+
+
+def settings(model: Path, text: Path, output: Path, **changes: Any) -> FitSettings:
+    paths = {
+        "model": str(model),
+        "text": (str(text),),
+        "output": str(output),
+        "cache_dir": str(output.parent / "cache"),
+    }
+    return FitSettings(**{**SMALL, **paths, **changes})
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def log(output: Path) -> list[dict[str, Any]]:
+    lines = (output.with_name(output.name + ".fit") / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def test_documents_of_every_kind(model: Path, tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / "b.jsonl").write_text('{"text": "first"}\n\n{"text": "second", "n": 1}\n')
+    pq.write_table(pa.table({"text": ["row", None, "other row"]}), tmp_path / "c.parquet")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "state.json").write_text("{}")
+    table = pa.table({"text": ["arrow"]})
+    with pa.OSFile(str(saved / "data-0.arrow"), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+        writer.write_table(table)
+    sources = [tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.parquet", saved]
+    corpus = load_corpus(sources, model, 96, cache_dir=tmp_path / "cache")
+    texts = [
+        "".join(LETTERS[t] for t in corpus.tokens[a:b])
+        for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)
+    ]
+    assert texts == ["plain", "first", "second", "row", "other row", "arrow"]
+    assert corpus.names[1:3] == ["b.jsonl:1", "b.jsonl:3"]
+
+
+def test_tokens_are_cached_by_contents(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, cache = tmp_path / "a.txt", tmp_path / "cache"
+    file.write_text("one two")
+    first = load_corpus([file], model, 96, cache_dir=cache)
+    with monkeypatch.context() as m:
+        m.setattr("lococo_calibration.data._tokenise", None)  # not called
+        file.touch()
+        assert load_corpus([file], model, 96, cache_dir=cache).key == first.key
+    file.write_text("one two three")
+    assert len(load_corpus([file], model, 96, cache_dir=cache).tokens) == 13
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_windows_stay_within_documents_and_splits_apart(model: Path, text: Path, tmp_path: Path) -> None:
+    corpus = load_corpus([text], model, 96, cache_dir=tmp_path)
+    windows = corpus.windows(64)
+    assert len(windows) == 36
+    assert all(corpus.offsets[d] <= start and start + 64 <= corpus.offsets[d + 1] for d, start in windows)
+    train, held_out = corpus.split(64, 0.3, seed=0)
+    assert (len(train), len(held_out)) == (4, 2)
+    assert sorted(train + held_out) == list(range(6))
+    assert corpus.split(64, 0.3, seed=0) == (train, held_out)
+    assert any(corpus.split(64, 0.3, seed=s)[1] != held_out for s in range(1, 5))
+    order = [w for i in range(9) for w in batch_windows(windows, 4, i, seed=0)]
+    assert sorted(order) == windows  # an epoch sees everything once
+    assert batch_windows(windows, 4, 9, seed=0) != order[:4]
+
+
+@pytest.mark.parametrize(
+    ("contents", "error", "message"),
+    [
+        (b"", InvalidArgumentError, "the file is empty"),
+        (b"caf\xe9", CorruptError, "not UTF-8 text"),
+        (None, NotFoundError, "not found"),
+    ],
+)
+def test_bad_files_are_refused(
+    model: Path, tmp_path: Path, contents: bytes | None, error: type[Exception], message: str
+) -> None:
+    file = tmp_path / "a.txt"
+    if contents is not None:
+        file.write_bytes(contents)
+    with pytest.raises(error, match=message):
+        load_corpus([file], model, 96, cache_dir=tmp_path / "cache")
+
+
+def test_bad_files_in_directories(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "bad.txt").write_bytes(b"\xff\xfe")
+    (folder / "empty.txt").touch()
+    (folder / ".hidden").write_bytes(b"\xff")
+    (folder / "good.txt").write_text("good")
+    with pytest.raises(CorruptError, match=r"1 undecodable file\(s\); --skip-undecodable"):
+        load_corpus([folder], model, 96, cache_dir=tmp_path / "c")
+    corpus = load_corpus([folder], model, 96, skip_undecodable=True, cache_dir=tmp_path / "c")
+    assert corpus.names == ["good.txt"]
+    assert len(corpus.notes) == 2
+    (folder / "rows.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(CorruptError, match="--text-field"):
+        load_corpus([folder], model, 96, skip_undecodable=True, cache_dir=tmp_path / "c")
+
+
+def test_bad_text_for_a_run(model: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(InvalidArgumentError, match=r"at least 1,000 tokens \(one window\), the longest of 6 has 405"):
+        Fit(settings(model, text, output, context=1000))
+    with pytest.raises(InvalidArgumentError, match="at least 2 documents"):
+        Fit(settings(model, text / "0.txt", output))
+    with pytest.raises(ConfigError, match=r"M \+ buffer = 404"):
+        Fit(settings(model, text, output, mem_size=400, context=200))
+    with pytest.raises(ConfigError, match="keep"):
+        Fit(settings(model, text, output, local_len=8))
+    assert not output.with_name("out.fit").exists()
+
+
+def test_tokenizer_of_another_model(text: Path, tmp_path: Path) -> None:
+    make_model(tmp_path / "model", vocab_size=50)
+    save_tokenizer(tmp_path / "model")
+    with pytest.raises(ConfigError, match="vocabulary is 50: a tokenizer of another model"):
+        Fit(settings(tmp_path / "model", text, tmp_path / "out"))
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_fitting_lowers_the_reconstruction_loss(model: Path, text: Path, tmp_path: Path) -> None:
+    """On the same windows before and after, in both regimes."""
+    fit = Fit(settings(model, text, tmp_path / "out", steps=80, decode_share=0.5), show=quiet)
+    ids = fit.ids(fit.windows[:16])
+    plans = {fit.gradients(step)[1].regime: fit.gradients(step)[1] for step in range(8)}
+
+    def loss(regime: str) -> float:
+        total = fit.losses.new()
+        fit.losses.backward(ids, plans[regime], 1.0, total)
+        return float(total.layers.mean())
+
+    before = {regime: loss(regime) for regime in ("block", "step")}
+    fit.run()
+    for regime in before:
+        assert loss(regime) < 0.9 * before[regime]
+
+
+def test_a_killed_run_resumes_to_the_same_losses(model: Path, text: Path, tmp_path: Path) -> None:
+    whole = settings(model, text, tmp_path / "whole", steps=30, eval_every=10, lm_weight=0.1)
+    Fit(whole, show=quiet).run()
+    output = tmp_path / "killed"
+    killed = dataclasses.replace(whole, output=str(output))
+    config = tmp_path / "run.toml"
+    values = dataclasses.asdict(killed)
+    config.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from lococo_calibration.cli import fit_main; fit_main()", "--config", str(config)],
+        stderr=subprocess.DEVNULL,
+    )
+    logged = output.with_name("killed.fit") / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (logged.exists() and logged.read_text().count('"loss"') >= 6):
+        assert process.poll() is None, "ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    with pytest.raises(TargetExistsError, match="pass --resume"):
+        Fit(killed)
+    with pytest.raises(ConfigError, match=r"cannot resume with other settings: lr: was 0.02, now 0.5"):
+        Fit(dataclasses.replace(killed, lr=0.5), resume=True)
+    resumed = Fit(killed, resume=True, show=quiet)
+    assert 4 <= resumed.step < 30
+    resumed.run()
+    assert log(output) == log(tmp_path / "whole")
+    for name in ("lococo_heads.safetensors", "lococo_config.json", "lococo_fit.json", "model.safetensors"):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(model: Path, text: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        Fit(settings(model, text, tmp_path / name, steps=3, seed=seed), show=quiet).run()
+        losses.append([e["loss"] for e in log(tmp_path / name)])
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_accumulation_is_a_larger_batch(model: Path, text: Path, tmp_path: Path) -> None:
+    found = []
+    for name, batch, accumulate in (("a", 4, 1), ("b", 2, 2)):
+        fit = Fit(settings(model, text, tmp_path / name, batch=batch, accumulate=accumulate, decode_share=0.0))
+        losses, _ = fit.gradients(0)
+        found.append((losses.layers, [p.grad for p in fit.heads.parameters() if p.requires_grad]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_nan_stops_the_run_and_names_step_and_layer(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = Fit(settings(model, text, tmp_path / "out"), show=quiet)
+    original = Fit.gradients
+
+    def poisoned(self: Fit, step: int) -> Any:
+        if self.step == 6:
+            with torch.no_grad():
+                self.heads[1].normalizer.fill_(float("nan"))
+        return original(self, step)
+
+    monkeypatch.setattr(Fit, "gradients", poisoned)
+    with pytest.raises(DivergedError, match=r"step 6: loss or gradient is not finite in layer\(s\) 1;.*state.pt"):
+        fit.run()
+    monkeypatch.undo()
+    resumed = Fit(settings(model, text, tmp_path / "out"), resume=True, show=quiet)
+    assert resumed.step == 4
+    resumed.run()
+
+
+def test_a_full_disk_keeps_the_last_state(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = Fit(settings(model, text, tmp_path / "out"), show=quiet)
+    fit.train_step()
+    state = fit.save_state()
+    before = state.read_bytes()
+    fit.train_step()
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NoSpaceError):
+        fit.save_state()
+    assert state.read_bytes() == before
+    assert [p.name for p in state.parent.iterdir()] == ["state.pt"]
+
+
+def test_damaged_states_and_taken_targets(model: Path, text: Path, tmp_path: Path) -> None:
+    s = settings(model, text, tmp_path / "out", steps=1)
+    with pytest.raises(NotFoundError, match="nothing to resume"):
+        Fit(s, resume=True)
+    fit = Fit(s, show=quiet)
+    fit.run()
+    with pytest.raises(TargetExistsError, match="--force"):
+        Fit(s)
+    (fit.folder / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(CorruptError, match="not a state of lococo-fit"):
+        Fit(s, resume=True, force=True)
+    Fit(s, force=True, show=quiet).run()
+
+
+def test_heads_to_begin_with(model: Path, text: Path, tmp_path: Path) -> None:
+    Fit(settings(model, text, tmp_path / "a", steps=3), show=quiet).run()
+    more = Fit(settings(model, text, tmp_path / "b", init_from=str(tmp_path / "a"), seed=7))
+    stored = load_checkpoint(tmp_path / "a").heads
+    torch.testing.assert_close(more.heads[1].weights[0].detach(), stored[1].convs[0][0])
+    with pytest.raises(ConfigError, match="kernel_size: expected 3, got 5"):
+        Fit(settings(model, text, tmp_path / "b", init_from=str(tmp_path / "a"), kernel_size=3))
+
+
+def test_configuration_files(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('mem-size = 12\nstps = 3\ntext = ["x"]\n')
+    assert fit_main(["--config", str(config)]) == 1
+    assert "unknown settings ['stps']" in capsys.readouterr().err
+    values = {k.replace("_", "-"): v for k, v in SMALL.items()}
+    config.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
+    paths = ["--model", str(model), "--text", str(text), "-o", str(tmp_path / "out"), "--cache-dir", str(tmp_path)]
+    assert fit_main(["--config", str(config), *paths, "--estimate-only", "--steps", "2"]) == 0
+    assert "estimate: 2 steps" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert fit_main(["--config", str(config), *paths, "--steps", "2"]) == 0
+    assert "2 steps" in capsys.readouterr().out
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fitted checkpoint, and its bundle beside it."""
+    root = tmp_path_factory.mktemp("fitted")
+    Fit(settings(model, text, root / "ckpt", steps=5, held_out=0.3), show=quiet).run()
+    export_bundle(load_checkpoint(root / "ckpt"), root / "bundle")
+    return root / "ckpt"
+
+
+def test_a_fitted_checkpoint_gives_the_same_perplexity_in_the_runtime(
+    fitted: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(fitted), "--bundle", str(fitted.parent / "bundle"), "--text", str(text),
+                 "--contexts", "32", "128", "--regimes", "block", "step", "--windows", "4", "--passkey", "340",
+                 "--cache-dir", str(tmp_path), "--json", str(tmp_path / "out.json"), "--dtype", "fp32"]  # fmt: skip
+    assert eval_main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "4 document(s) left out" in captured.err
+    assert "from pytorch" in captured.out
+    document = json.loads((tmp_path / "out.json").read_text())
+    found = {(r["policy"], r["regime"], r["context"], r["backend"]): r["perplexity"] for r in document["perplexity"]}
+    for regime in ("block", "step"):
+        for context in (32, 128):
+            expected = found["lococo", regime, context, "pytorch"]
+            assert found["lococo", regime, context, "onnxruntime"] == pytest.approx(
+                expected, rel=2e-5
+            )  # 0.1 % is asked
+    # policies and regimes differ by far more, so that the comparison means something
+    at_32 = [found["full", "block", 32, "pytorch"], *(found["lococo", r, 32, "pytorch"] for r in ("block", "step"))]
+    assert min(abs(a / b - 1) for a, b in itertools.combinations(at_32, 2)) > 1e-3
+    assert {"full", "lococo", "h2o", "streaming"} == {r["policy"] for r in document["perplexity"]}
+    assert {r["backend"] for r in document["passkey"]} == {"pytorch", "onnxruntime"}
+
+
+def test_evaluation_of_a_plain_model(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(model), "--text", str(text), "--cache-dir", str(tmp_path), "--block-size", "16"]
+    assert eval_main([*arguments, "--contexts", "128", "--mem-size", "8", "24"]) == 0
+    table = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        "full", "h2o", "streaming", "h2o", "streaming"
+    ]  # fmt: skip
+    assert eval_main([*arguments, "--contexts", "128", "--mem-size", "256"]) == 1
+    assert "no fusion ever happens" in capsys.readouterr().err
+    assert eval_main([*arguments, "--contexts", "4096"]) == 1
+    assert "at least 4,096 tokens (one window)" in capsys.readouterr().err
+    assert eval_main(["--model", str(model)]) == 1
+    assert "--text for perplexity" in capsys.readouterr().err
+
+
+def test_documents_the_heads_were_fitted_on_are_refused(
+    fitted: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((fitted / "lococo_fit.json").read_text())
+    trained = text / record["trained_on"][0]["name"]
+    assert eval_main(["--model", str(fitted), "--text", str(trained), "--cache-dir", str(tmp_path)]) == 1
+    assert "fitted on every one" in capsys.readouterr().err
+
+
+def test_passkey_prompts(model: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    prompts = passkey_prompts(tokenizer, 500, [0.0, 0.5, 1.0], trials=2, seed=0)
+    assert [p.depth for p in prompts] == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+    assert {len(p.ids) for p in prompts} == {500}
+    places = []
+    for prompt in prompts:
+        whole, answer = ("".join(LETTERS[i] for i in ids) for ids in (prompt.ids, prompt.answer))
+        assert answer.strip().isdigit()
+        assert whole.count(answer.strip()) == 2
+        assert whole.endswith("The pass key is")
+        places.append(whole.index(answer.strip()))
+    assert places[0] < places[2] < places[4]
+    with pytest.raises(InvalidArgumentError, match="expected a context of at least"):
+        passkey_prompts(tokenizer, 50, [0.0], trials=1, seed=0)
+
+
+def test_passkey_is_greedy_decoding(fitted: Path) -> None:
+    """Answers made by greedy decoding count as right, and any other token makes them wrong; in the runtime too."""
+    reference = ReferenceModel(load_checkpoint(fitted))
+    rng = np.random.default_rng(0)
+    prompts, expected = [], []
+    for i in range(6):
+        ids = rng.integers(3, 96, 50).tolist()
+        session = ReferenceSession(reference)
+        logits = session.prefill(ids)
+        answer = []
+        for _ in range(4 + i % 2):
+            answer.append(int(logits.argmax()))
+            logits = session.step(answer[-1])
+        if i % 3 == 2:
+            answer[-1] = (answer[-1] + 1) % 96
+        prompts.append(PasskeyPrompt(ids, answer, 0.0))
+        expected.append(i % 3 != 2)
+    policy = Fusion(reference.cache, reference.heads)
+    assert passkey_model(reference, policy, prompts, block_size=8, batch=4) == expected
+    with Session(fitted.parent / "bundle") as bundle:
+        assert passkey_session(bundle, prompts) == expected
