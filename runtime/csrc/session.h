@@ -69,8 +69,8 @@ class Session {
   std::unique_ptr<Executor> executor_;
   Sampler sampler_;
   std::vector<int32_t> window_;  // tokens of a window, empty if the backend offers none
-  int64_t position_ = 0;  // P: tokens read
-  int32_t length_ = 0;    // L: live slots
+  int64_t position_ = 0;         // P: tokens read
+  int32_t length_ = 0;           // L: live slots
   int64_t steps_ = 0;
   int64_t blocks_ = 0;
   int64_t fusions_ = 0;

@@ -1,0 +1,74 @@
+"""Bundles for the GPU tests and the GPU benchmark, exported where torch is.
+
+Usage: gpu_bundles.py tests OUT, or gpu_bundles.py bench OUT [MODEL]
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from conftest import GOLDEN_NAMES, unpack_golden
+from lococo_runtime.bundle import LococoConfig
+from tiny_models import make_model, random_heads
+
+from lococo_export import export_bundle, load_checkpoint
+from lococo_export.checkpoints import save_heads
+
+SMOLLM2 = {  # the shape of SmolLM2-135M; no end of sequence, so that random tokens never end a measurement
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+    "eos_token_id": None,
+}
+# scores accumulate, and there are three widths
+ACCUMULATED = LococoConfig(mem_size=24, keep=12, block_size=40, local_len=2, kernel_size=5, buffer=7, score_decay=1.0)
+WIDE = {"vocab_size": 60000, "hidden_size": 512, "num_hidden_layers": 1, "eos_token_id": None}  # 240 MB of weights
+
+
+def export_random(target: Path, cache: LococoConfig, dtype: str, **changes: Any) -> None:
+    """A bundle of a random model with random heads."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch)
+        make_model(model, **changes)
+        geometry = load_checkpoint(model, policy="h2o", mem_size=cache.mem_size).geometry
+        save_heads(model, cache, random_heads(geometry, cache))
+        export_bundle(load_checkpoint(model), target, dtype=dtype, force=True)
+
+
+def export_tests(root: Path) -> None:
+    """The golden cases in float32; accumulated scores in float32 and float16; a model that takes some memory."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name in GOLDEN_NAMES:
+        with tempfile.TemporaryDirectory() as scratch:
+            case = unpack_golden(name, Path(scratch))
+            export_bundle(load_checkpoint(case.path, **case.load_args), root / name, force=True)
+    export_random(root / "accumulated", ACCUMULATED, "float32")
+    export_random(root / "accumulated_fp16", ACCUMULATED, "float16")
+    export_random(root / "wide", LococoConfig(32, 16, 32), "float32", **WIDE)
+
+
+def export_benchmark(target: Path, model: Path | None) -> None:
+    """M = B = 512 in float16: the checkpoint `model` with policy h2o, or random weights and heads."""
+    if model is None:
+        export_random(target, LococoConfig(512, 256, 512), "float16", **SMOLLM2)
+    else:
+        checkpoint = load_checkpoint(model, policy="h2o", mem_size=512, block_size=512)
+        export_bundle(checkpoint, target, dtype="float16", force=True)
+
+
+if __name__ == "__main__":
+    kind, out = sys.argv[1], Path(sys.argv[2])
+    if kind == "tests":
+        export_tests(out)
+    else:
+        export_benchmark(out, Path(sys.argv[3]) if len(sys.argv) > 3 else None)

@@ -1,0 +1,45 @@
+"""The TensorRT backend on a machine without a GPU says so, and what to do."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+from conftest import unpack_golden
+from lococo_runtime import Session, UnsupportedError
+
+from lococo_export import export_bundle, load_checkpoint
+
+
+def has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("absent")
+    case = unpack_golden("c1_baseline", root / "checkpoint")
+    export_bundle(load_checkpoint(case.path, **case.load_args), root / "bundle")
+    return root / "bundle"
+
+
+@pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
+def test_no_driver(bundle: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"expected an NVIDIA GPU with its driver.*libcuda\.so\.1"):
+        Session(bundle, device="cuda:0", backend="tensorrt")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:x"])
+def test_devices_that_tensorrt_does_not_run_on(bundle: Path, device: str) -> None:
+    with pytest.raises(UnsupportedError, match=f'expects "cuda:0".*"{device}"'):
+        Session(bundle, device=device, backend="tensorrt")
+
+
+def test_onnxruntime_stays_on_the_cpu(bundle: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"cuda:0.*tensorrt"):
+        Session(bundle, device="cuda:0")
