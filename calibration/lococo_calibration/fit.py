@@ -372,7 +372,7 @@ class Fit:
     def _load_state(self) -> None:
         path = self.folder / STATE_NAME
         try:
-            state = torch.load(path, map_location=self.model.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             version, stored = state["version"], json.loads(state["settings"])
         except Exception as e:  # whatever a damaged pickle raises
             raise CorruptError(f"{path}: not a state of lococo-fit: {e}; pass --force to start anew") from e
@@ -399,6 +399,7 @@ class Fit:
                     shutil.copyfile(path, staging / path.name)
             heads = [h.export(DTYPES[s.heads_dtype]) for h in self.heads if isinstance(h, TrainableHead)]
             save_heads(staging, s.cache, tuple(heads))
+            shutil.copymode(staging / "config.json", staging / HEADS_NAME)  # safetensors files are private at first
             (staging / RECORD_NAME).write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
 
     def _record(self) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class FitSettings:
     init_normalizer: float = _option(0.5, "initial normalizers: 0 copies, 1 mixes")
     init_from: str = _option("", "checkpoint whose heads to begin with")
 
-    dtype: str = _option("auto", "of model and cache: fp32, bf16, fp16; auto is bf16 on a GPU, else fp32")
+    dtype: str = _option("auto", "of model and cache: fp32, bf16; auto is bf16 on a GPU, else fp32")
     device: str = _option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one")
     checkpointing: bool = _option(False, "compute layers again in the backward pass (lm and distill losses)")
     heads_dtype: str = _option("fp32", "in which heads are saved: fp32, bf16, fp16")
@@ -105,7 +105,7 @@ class FitSettings:
             raise ConfigError("lm_weight, distill_weight, reconstruction_weight: expected one above 0, all are 0")
         for name, allowed in (
             ("schedule", ("constant", "cosine")),
-            ("dtype", ("auto", *DTYPES)),
+            ("dtype", ("auto", "fp32", "bf16")),  # gradients in fp16 would need scaling
             ("heads_dtype", tuple(DTYPES)),
         ):
             if getattr(self, name) not in allowed:
