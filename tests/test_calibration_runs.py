@@ -23,7 +23,7 @@ from lococo_calibration.cli import eval_main, fit_main
 from lococo_calibration.data import batch_windows
 from lococo_calibration.evaluate import PasskeyPrompt, passkey_model, passkey_prompts, passkey_session
 from lococo_runtime import CorruptError, InvalidArgumentError, NotFoundError, Session
-from lococo_runtime._exceptions import ConfigError, NoSpaceError, TargetExistsError
+from lococo_runtime._exceptions import ConfigError, NoSpaceError, OutOfMemoryError, TargetExistsError
 from tiny_models import make_model
 from tokenizers import Tokenizer, models
 
@@ -213,7 +213,10 @@ def test_fitting_lowers_the_reconstruction_loss(model: Path, text: Path, tmp_pat
 
 def test_a_killed_run_resumes_to_the_same_losses(model: Path, text: Path, tmp_path: Path) -> None:
     whole = settings(model, text, tmp_path / "whole", steps=30, eval_every=10, lm_weight=0.1)
-    Fit(whole, show=quiet).run()
+    lines: list[str] = []
+    Fit(whole, show=lines.append).run()
+    assert any("held-out perplexity" in line and "token by token" in line for line in lines)
+    assert any("block loss" in line and "(perplexity" in line and "tokens/s" in line for line in lines)
     output = tmp_path / "killed"
     killed = dataclasses.replace(whole, output=str(output))
     config = tmp_path / "run.toml"
@@ -300,6 +303,17 @@ def test_a_full_disk_keeps_the_last_state(
         fit.save_state()
     assert state.read_bytes() == before
     assert [p.name for p in state.parent.iterdir()] == ["state.pt"]
+
+
+def test_out_of_memory_says_what_to_lower(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(self: Fit, step: int) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Fit, "gradients", exhausted)
+    with pytest.raises(OutOfMemoryError, match=r"lower --batch \(now 4.*or pass --checkpointing"):
+        Fit(settings(model, text, tmp_path / "out", lm_weight=1.0), show=quiet).run()
 
 
 def test_damaged_states_and_taken_targets(model: Path, text: Path, tmp_path: Path) -> None:

@@ -96,13 +96,11 @@ def session_nll(
     nll = np.empty((len(windows), tokens - 1), np.float32)
     for row, ids in enumerate(windows):
         session.reset()
-        for start in range(0, tokens):
-            if start >= stop:
-                logits = session.step(int(ids[start]))[None]
-            elif start % block == 0:
+        for start in [*range(0, stop, block), *range(stop, tokens)]:
+            if start < stop:
                 logits = session.prefill(ids[start : min(start + block, stop)], return_all=True)
             else:
-                continue
+                logits = session.step(int(ids[start]))[None]
             targets = ids[start + 1 : start + 1 + len(logits)]
             wide = logits[: len(targets)].astype(np.float64)
             top = wide.max(-1)

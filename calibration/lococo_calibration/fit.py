@@ -87,6 +87,7 @@ class Fit:
         self.windows = self.corpus.windows(settings.context, self.train_documents)
         self.fingerprint = {"text": self.corpus.key, "model": _model_digest(base)}
         self.model = ReferenceModel(base, DTYPES[name], device)
+        torch.backends.cudnn.deterministic = True  # the gradient of a convolution; a seed is to repeat a run
         self.heads = nn.ModuleList(TrainableHead(h, self.model.dtype) for h in self._start()).to(device)
         self.losses = Losses(self.model, self.heads, settings)
         if settings.fusion_activation == "none":
@@ -197,16 +198,19 @@ class Fit:
         return {**entry, "loss": total, "tokens": s.batch * s.accumulate * plan.tokens}
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out perplexities of the second half of windows: "full" (computed once) and "lococo"."""
+        """Held-out perplexities of the second half of windows: "full" (computed once), "lococo" reading blocks, and
+        after the last step "lococo_step", reading tokens one by one."""
         s = self.settings
         chosen = choose_windows(self.corpus, s.context, s.eval_windows, self.held_out_documents)
         ids = self.corpus.read(chosen, s.context)
-        policies: list[Policy] = [self.losses.policy]
+        wanted: list[tuple[str, Policy, int | None]] = [("lococo", self.losses.policy, None)]
         if "full" not in self.held_out:
-            policies.append(FullCache())
-        for policy in policies:
-            nll = window_nll(self.model, policy, ids, block_size=s.block_size, batch=s.batch)
-            self.held_out[policy.name] = math.exp(float(nll[:, s.context // 2 - 1 :].mean()))
+            wanted.append(("full", FullCache(), None))
+        if self.step == s.steps:
+            wanted.append(("lococo_step", self.losses.policy, s.block_size))
+        for name, policy, step_from in wanted:
+            nll = window_nll(self.model, policy, ids, block_size=s.block_size, step_from=step_from, batch=s.batch)
+            self.held_out[name] = math.exp(float(nll[:, s.context // 2 - 1 :].mean()))
         return dict(self.held_out)
 
     def estimate(self) -> str:
@@ -280,32 +284,38 @@ class Fit:
         self._open_log()
         if s.eval_every and self.step == 0:
             self._show_held_out()
-        since, tokens, loss_sum, count = time.perf_counter(), 0, 0.0, 0
+        since = time.perf_counter()
+        entries: list[dict[str, Any]] = []  # since the last progress line
         while self.step < s.steps:
-            entry = self.train_step()
-            self._log(entry)
-            tokens, loss_sum, count = tokens + entry["tokens"], loss_sum + entry["loss"], count + 1
-            if self.step % s.log_every == 0 or self.step == s.steps:
-                seconds = time.perf_counter() - since
-                left = seconds / count * (s.steps - self.step)
-                ppl = f"  perplexity {entry['perplexity']:.3f}" if "perplexity" in entry else ""
-                self.show(
-                    f"step {self.step}/{s.steps}  loss {loss_sum / count:.5f}{ppl}  {tokens / seconds:,.0f} tokens/s "
-                    f" {left / 60:.1f} min left"
-                )
-                since, tokens, loss_sum, count = time.perf_counter(), 0, 0.0, 0
-            if s.eval_every and (self.step % s.eval_every == 0 or self.step == s.steps):
-                self._show_held_out()
-                since, tokens, loss_sum, count = time.perf_counter(), 0, 0.0, 0
+            entries.append(self.train_step())
+            self._log(entries[-1])
+            held_out = s.eval_every and (self.step % s.eval_every == 0 or self.step == s.steps)
+            if held_out or self.step % s.log_every == 0 or self.step == s.steps:
+                self._show_progress(entries, time.perf_counter() - since)
+                if held_out:
+                    self._show_held_out()
+                entries, since = [], time.perf_counter()
             if self.step % s.save_every == 0 or self.step == s.steps:
                 self.save_state()
+
+    def _show_progress(self, entries: list[dict[str, Any]], seconds: float) -> None:
+        parts = [f"step {self.step}/{self.settings.steps}"]
+        for regime in ("block", "step"):
+            chosen = [e for e in entries if e["regime"] == regime]
+            if chosen:
+                ppl = f" (perplexity {chosen[-1]['perplexity']:.3f})" if "perplexity" in chosen[-1] else ""
+                parts.append(f"{regime} loss {sum(e['loss'] for e in chosen) / len(chosen):.5f}{ppl}")
+        parts.append(f"{sum(e['tokens'] for e in entries) / seconds:,.0f} tokens/s")
+        parts.append(f"{seconds / len(entries) * (self.settings.steps - self.step) / 60:.1f} min left")
+        self.show("  ".join(parts))
 
     def _show_held_out(self) -> None:
         found = self.evaluate()
         self._log({"step": self.step, "held_out": found})
+        stepwise = f", token by token {found['lococo_step']:.3f}" if "lococo_step" in found else ""
         self.show(
-            f"step {self.step}  held-out perplexity {found['lococo']:.3f} (full cache {found['full']:.3f}), tokens"
-            f" {self.settings.context // 2:,} to {self.settings.context:,}"
+            f"step {self.step}  held-out perplexity {found['lococo']:.3f}{stepwise} (full cache {found['full']:.3f}),"
+            f" tokens {self.settings.context // 2:,} to {self.settings.context:,}"
         )
 
     # --- files ------------------------------------------------------------------------------------------------------
