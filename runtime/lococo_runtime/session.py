@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +56,29 @@ class SamplingParams:
         return c.CSamplingParams(ctypes.sizeof(c.CSamplingParams), self.temperature, self.top_k, self.top_p, self.seed)
 
 
-class Model:
+_T = TypeVar("_T", bound="_Handle")
+
+
+class _Handle:
+    """Something of the C library that is closed once: by hand, by `with`, or with the object."""
+
+    _handle: ctypes.c_void_p
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: _T) -> _T:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+
+class Model(_Handle):
     """An opened bundle, shared by its sessions. Usable as a context manager.
 
     Args:
@@ -124,18 +146,8 @@ class Model:
                 c.library().lococo_model_close(self._handle)
                 self._handle = ctypes.c_void_p()
 
-    def __enter__(self) -> Model:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self.close()
-
-
-class Session:
+class Session(_Handle):
     """One sequence: append tokens, read logits, save and restore. A context manager; one thread at a time.
 
     Args:
@@ -332,16 +344,6 @@ class Session:
             if self._owns_model:
                 self.model._closing = True
             self.model._count(-1)
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self.close()
 
 
 def _as_ids(ids: TokenIds) -> npt.NDArray[np.int32]:
