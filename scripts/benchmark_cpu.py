@@ -43,6 +43,7 @@ def interleave(sides: dict[str, Callable[[], object]], bursts: int) -> dict[str,
     times: dict[str, list[float]] = {name: [] for name in sides}
     for burst in range(bursts + 1):
         for name, call in sides.items():
+            time.sleep(0.05)  # the other side's worker threads stop spinning
             values = [timed_ms(call) for _ in range(BURST)]
             if burst:
                 times[name] += values
