@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import GoldenCase
@@ -77,6 +79,25 @@ def test_transformers_logits_for_every_variant(name: str, tmp_path: Path) -> Non
         ours = [session.prefill(ids[:70].numpy(), return_all=True)]  # a block, a short block
         ours += [session.step(int(i))[None] for i in ids[70:]]
     np.testing.assert_allclose(np.concatenate(ours), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", [0, 2_047, 2_048, 1_048_575, 2**31 - 1])
+def test_rotary_angles_in_the_graph_at_far_positions(golden: GoldenCase, golden_bundle: Path, position: int) -> None:
+    """The key of the first layer depends on nothing but the token and its angle; against float64 angles."""
+    manifest = read_manifest(golden_bundle)
+    spec = next(g for g in manifest.graphs if g.name == "decoder_1")
+    feed = {t.name: np.zeros(t.shape, t.dtype) for t in spec.inputs}
+    feed["input_ids"][:] = 5
+    feed["position_ids"][:] = position
+    session = onnxruntime.InferenceSession(golden_bundle / spec.file, providers=["CPUExecutionProvider"])
+    key = session.run(["new_key_values.0.key"], feed)[0]  # (1, H, 1, d)
+
+    model = ReferenceModel(load_checkpoint(golden.path, **golden.load_args), torch.float64)
+    state = dataclasses.replace(model.empty_state(), position=torch.tensor([position]))
+    with torch.inference_mode():
+        expected = model(torch.tensor([[5]]), state).new_keys[0].numpy()
+    # an angle off by 1e-4 rad moves a component by 1e-4 of the pair's length
+    np.testing.assert_allclose(key, expected, rtol=0, atol=1e-4 * np.abs(expected).max() / 4)
 
 
 def test_manifest_describes_the_graphs(golden_bundle: Path) -> None:
