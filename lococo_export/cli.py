@@ -20,7 +20,10 @@ DTYPE_FLAGS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def export_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of lococo-export."""
     parser = argparse.ArgumentParser(
-        prog="lococo-export", description="Turn a LoCoCo checkpoint into a bundle of static ONNX graphs."
+        prog="lococo-export",
+        usage="%(prog)s --model DIR [-o DIR] [--fp16] [options]",
+        description="Turn a LoCoCo checkpoint into a bundle of static ONNX graphs.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28),
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint directory")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="bundle to make (default MODEL-POLICY-DTYPE)")
@@ -28,9 +31,11 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin")
     parser.add_argument("--no-engines", action="store_true", help="do not build TensorRT engines where there is a GPU")
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--dtype", choices=DTYPE_FLAGS, default="fp32", help="weights and cache (default fp32)")
+    precision.add_argument(
+        "--dtype", choices=DTYPE_FLAGS, default="fp32", metavar="T", help="fp32 (default), fp16 or bf16"
+    )
     for flag in ("fp16", "bf16"):
-        precision.add_argument(f"--{flag}", dest="dtype", action="store_const", const=flag)
+        precision.add_argument(f"--{flag}", dest="dtype", action="store_const", const=flag, help=f"--dtype {flag}")
     add_cache_flags(parser)
     args = parser.parse_args(argv)
     return guarded(lambda: _export(args))
@@ -38,14 +43,14 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     """The slot-cache settings that a checkpoint may leave open."""
-    group = parser.add_argument_group("slot cache", "what the checkpoint does not say; published defaults")
-    group.add_argument("--policy", choices=POLICIES, help="h2o needs no trained heads")
+    group = parser.add_argument_group("slot cache, where the checkpoint does not say")
+    group.add_argument("--policy", choices=POLICIES, metavar="P", help="lococo, or h2o, which needs no trained heads")
     group.add_argument("--mem-size", type=int, metavar="M", help="slots left by a fusion")
     group.add_argument("--hh-keep-rate", type=float, metavar="R", help="share of slots kept verbatim (0.5)")
     group.add_argument("--local-len", type=int, metavar="N", help="most recent slots always kept (0)")
     group.add_argument("--block-size", type=int, metavar="B", help="tokens of one forward (M)")
     group.add_argument("--buffer", type=int, metavar="N", help="slots above M before a fusion fires (16)")
-    group.add_argument("--fusion-activation", choices=ACTIVATIONS, help="after every convolution (relu)")
+    group.add_argument("--fusion-activation", choices=ACTIVATIONS, metavar="A", help=f"{', '.join(ACTIVATIONS)} (relu)")
 
 
 def cache_flags(args: argparse.Namespace) -> dict[str, Any]:
