@@ -4,7 +4,13 @@
 (lococo-eval). docs/fitting.md explains both.
 """
 
-from __future__ import annotations
+try:
+    import safetensors  # noqa: F401
+    import tokenizers  # noqa: F401
+    import torch  # noqa: F401
+except ModuleNotFoundError as e:
+    raise ModuleNotFoundError(f"{e}; install what this package needs: pip install 'lococo-export[fit]'") from e
+
 
 from .blocks import FullCache, Fusion, Policy, Streaming
 from .data import Corpus, load_corpus

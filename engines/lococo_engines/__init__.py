@@ -1,5 +1,10 @@
 """Bundles to TensorRT engines: recipes, building, and checks before TensorRT sees a plan. Needs no torch."""
 
+try:
+    import onnx  # noqa: F401
+except ModuleNotFoundError as e:
+    raise ModuleNotFoundError(f"{e}; install what this package needs: pip install 'lococo-export[tensorrt]'") from e
+
 from .build import Target, build_engines, choose
 from .gpu import Device, query_device
 from .metadata import Engines
