@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lococo_runtime import LLM, InvalidArgumentError, NotFoundError, SamplingParams, Session
+from lococo_runtime import LLM, EmptyPromptError, NotFoundError, SamplingParams, Session
 from lococo_runtime.cli import inspect_main, run_main
 from lococo_runtime.llm import stream_text
 from tiny_models import edit_tensors, make_model
@@ -122,7 +122,7 @@ def test_llm_and_session_say_the_same(bundle: Path) -> None:
         with Session(bundle) as session:
             ids = llm.tokenizer.encode("Hello").ids
             assert list(session.generate(ids, params)) == out.token_ids
-        with pytest.raises(InvalidArgumentError, match="empty"):
+        with pytest.raises(EmptyPromptError, match="empty"):
             llm.generate("")
 
 

@@ -16,6 +16,7 @@ from lococo_runtime import (
     BusyError,
     ClosedError,
     CorruptError,
+    EmptyPromptError,
     InvalidArgumentError,
     Model,
     NotFoundError,
@@ -23,6 +24,7 @@ from lococo_runtime import (
     Session,
     StateMismatchError,
     StorageError,
+    TokenIdError,
     UnsupportedError,
     VersionError,
 )
@@ -290,15 +292,15 @@ def test_sampling_parameters_of_the_wrong_kind(bad: dict[str, int]) -> None:
 def test_token_out_of_range_reads_nothing(session: Session, ids: list[int]) -> None:
     session.prefill(text(45))
     before = session.state()
-    with pytest.raises(InvalidArgumentError, match=f"{VOCAB - 1}"):
+    with pytest.raises(TokenIdError, match=f"{VOCAB - 1}"):
         session.prefill(ids)
-    with pytest.raises(InvalidArgumentError):
+    with pytest.raises(TokenIdError):
         session.step(ids[-1])
     assert session.state() == before
 
 
 def test_ids_of_the_wrong_kind(session: Session) -> None:
-    with pytest.raises(InvalidArgumentError, match="at least one token"):
+    with pytest.raises(EmptyPromptError, match="at least one token"):
         session.prefill([])
     with pytest.raises(InvalidArgumentError, match="integers"):
         session.prefill(np.array([1.5]))

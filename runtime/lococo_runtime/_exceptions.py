@@ -2,6 +2,8 @@
 
 LococoError
 ├── InvalidArgumentError (ValueError)      a value the caller can correct
+│   ├── EmptyPromptError                   nothing to read
+│   ├── TokenIdError                       a token id outside the vocabulary
 │   ├── ConfigError                        slot-cache settings that contradict each other or the checkpoint
 │   └── UnsupportedModelError              an architecture or option that is not supported; lists what is
 ├── NotFoundError (FileNotFoundError)      a file, folder or library that is not there
@@ -31,6 +33,14 @@ class LococoError(Exception):
 
 class InvalidArgumentError(LococoError, ValueError):
     """A value the caller can correct."""
+
+
+class EmptyPromptError(InvalidArgumentError):
+    """A prompt or a list of token ids with nothing in it."""
+
+
+class TokenIdError(InvalidArgumentError):
+    """A token id outside the vocabulary."""
 
 
 class ConfigError(InvalidArgumentError):

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ._exceptions import InvalidArgumentError, NotFoundError
+from ._exceptions import EmptyPromptError, NotFoundError
 from .session import Model, SamplingParams, Session
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class LLM:
         """Completes a prompt.
 
         Raises:
-            InvalidArgumentError: an empty prompt, or parameters out of range.
+            EmptyPromptError: an empty prompt.
+            InvalidArgumentError: parameters out of range.
         """
         ids = list(self._tokens(prompt, params))
         stopped = bool(ids) and ids[-1] in self._stops(params)
@@ -75,7 +76,7 @@ class LLM:
     def _tokens(self, prompt: str, params: SamplingParams | None) -> Iterator[int]:
         ids = self.tokenizer.encode(prompt).ids
         if not ids:
-            raise InvalidArgumentError("prompt: expected some text, got an empty one")
+            raise EmptyPromptError("prompt: expected some text, got an empty one")
         self.session.reset()
         return self.session.generate(ids, params)
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _c_api as c
-from ._exceptions import ClosedError, DeadSessionError, InvalidArgumentError
+from ._exceptions import ClosedError, DeadSessionError, EmptyPromptError, InvalidArgumentError, TokenIdError
 from .bundle import Manifest, read_manifest
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -176,10 +176,12 @@ class Session(_Handle):
             float32 logits after the last token, (V); with `return_all` after every token, (T, V).
 
         Raises:
-            InvalidArgumentError: no ids, or an id outside the vocabulary; nothing has been read then.
+            EmptyPromptError: no ids.
+            TokenIdError: an id outside the vocabulary; nothing has been read then.
+            InvalidArgumentError: ids that are no integers or not one-dimensional.
             BusyError, ClosedError, DeadSessionError, BackendError.
         """
-        array = _as_ids(ids)
+        array = self._ids(ids)
         out = np.empty((array.size, self.model.vocab_size), np.float32) if return_all else None
         c.call(
             "lococo_session_prefill",
@@ -192,7 +194,7 @@ class Session(_Handle):
 
     def step(self, token_id: int) -> Logits:
         """Reads one token in a forward of one and returns the float32 logits after it, (V). Raises as `prefill`."""
-        c.call("lococo_session_step", self._open(), int(_as_ids([token_id])[0]))
+        c.call("lococo_session_step", self._open(), int(self._ids([token_id])[0]))
         return self.logits()
 
     def logits(self) -> Logits:
@@ -252,6 +254,18 @@ class Session(_Handle):
                 break
             c.call("lococo_session_step", self._open(), tokens[-1])  # read what it stopped at, and go on
         return tokens
+
+    def _ids(self, ids: TokenIds) -> npt.NDArray[np.int32]:
+        array = _as_ids(ids)
+        if array.size == 0:
+            raise EmptyPromptError("ids: expected at least one token, got none")
+        wrong = array[(array < 0) | (array >= self.model.vocab_size)]
+        if wrong.size:
+            raise TokenIdError(
+                f"ids: expected token ids from 0 to {self.model.vocab_size - 1}, got {wrong[0]};"
+                " is this the bundle's tokenizer?"
+            )
+        return array
 
     # --- where it stands ---------------------------------------------------------------------------------------------
 
@@ -353,5 +367,5 @@ def _as_ids(ids: TokenIds) -> npt.NDArray[np.int32]:
     if array.ndim != 1:
         raise InvalidArgumentError(f"token ids: expected one dimension (T), got shape {array.shape}")
     if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
-        raise InvalidArgumentError("token ids: out of the 32-bit range")
+        raise TokenIdError("token ids: out of the 32-bit range")
     return np.ascontiguousarray(array, np.int32)
