@@ -12,7 +12,7 @@ from typing import Any
 from lococo_runtime import InvalidArgumentError, UnsupportedError
 from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import ACTIVATIONS, POLICIES
-from lococo_runtime.cli import guarded
+from lococo_runtime.cli import guarded, read_text, show_step
 
 DTYPE_FLAGS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -70,10 +70,7 @@ def _export(args: argparse.Namespace) -> int:
     if checkpoint.heads_ignored:
         print("note: the checkpoint's fusion heads are not used by policy h2o", file=sys.stderr)
 
-    def show(step: str) -> None:
-        print(f"  {step}", file=sys.stderr)
-
-    manifest = export_bundle(checkpoint, output, dtype=dtype, force=args.force, progress=show)
+    manifest = export_bundle(checkpoint, output, dtype=dtype, force=args.force, progress=show_step)
     peak_mib = memory_bytes("VmHWM") / 2**20
     print(
         f"{output}: {config.policy}, {config.mem_size} slots, {args.dtype}, state {manifest.state_bytes:,} bytes,"
@@ -88,13 +85,10 @@ def _build_engines(bundle: Path) -> None:
     """Builds TensorRT engines where there is a GPU, and says what to run where there is none."""
     from lococo_engines import build_engines, choose
 
-    def show(step: str) -> None:
-        print(f"  {step}", file=sys.stderr)
-
     try:
         recipe, target = choose("auto", None, bundle)
         print(f"building TensorRT engines here, for {target.device}; --no-engines leaves them out", file=sys.stderr)
-        print(build_engines(bundle, recipe, target, progress=show))
+        print(build_engines(bundle, recipe, target, progress=show_step))
     except UnsupportedError as e:
         print(f"note: no TensorRT engines were built: {e}", file=sys.stderr)
 
@@ -160,7 +154,7 @@ def _verify_ids(args: argparse.Namespace, vocab_size: int) -> list[int]:
     if args.text is None:
         random: list[int] = np.random.default_rng(args.seed).integers(0, vocab_size, count).tolist()
         return random
-    ids: list[int] = load_tokenizer(args.bundle).encode(args.text.read_text(encoding="utf-8")).ids
+    ids: list[int] = load_tokenizer(args.bundle).encode(read_text(args.text)).ids
     if len(ids) < count:
         raise InvalidArgumentError(f"{args.text}: expected at least {count:,} tokens, got {len(ids):,}")
     return ids[:count]

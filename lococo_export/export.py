@@ -11,7 +11,6 @@ import torch
 from lococo_runtime.bundle import (
     MANIFEST_NAME,
     WEIGHTS_NAME,
-    GraphSpec,
     Manifest,
     check_model_dtype,
     file_entry,
@@ -81,7 +80,7 @@ def export_bundle(
             dtype=dtype,
             batch_size=batch,
             graphs=specs,
-            files=tuple(file_entry(directory, name) for name in _file_names(specs, copied)),
+            files=tuple(file_entry(directory, name) for name in (WEIGHTS_NAME, *(s.file for s in specs), *copied)),
             tokenizer={"files": [n for n in copied if n in TOKENIZER_FILES]} if "tokenizer.json" in copied else None,
             provenance=_provenance(checkpoint),
         )
@@ -98,10 +97,6 @@ def _fusion_heads(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
             tensors[f"fusion.{i}.conv.{j}.weight"] = weight
             tensors[f"fusion.{i}.conv.{j}.bias"] = bias
     return tensors
-
-
-def _file_names(specs: tuple[GraphSpec, ...], copied: list[str]) -> list[str]:
-    return [WEIGHTS_NAME, *(s.file for s in specs), *copied]
 
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from lococo_runtime import ConfigError, InvalidArgumentError, Session
@@ -61,7 +61,6 @@ class Report:
     greedy_matches: int = 0
     tokens: int = 0
     divergence: Divergence | None = None
-    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [
@@ -73,7 +72,7 @@ class Report:
             ("state, least cosine", f"{self.state_cosine:.7f} (at least {self.tolerance.state_cosine:g})"),
             ("state, norm ratio off by", f"{self.state_norm_ratio:.2e} (at most {self.tolerance.state_norm_ratio:g})"),
         ]
-        lines = [f"{name:<28} {value}" for name, value in rows] + self.notes
+        lines = [f"{name:<28} {value}" for name, value in rows]
         return "\n".join([*lines, str(self.divergence) if self.divergence else "agrees"])
 
 

