@@ -1,19 +1,9 @@
 /* generate.c - reads token ids through a bundle and continues them greedily.
  *
- *   cc -std=c11 generate.c -I../include -L. -llococo -o generate
+ *   cc -std=c11 generate.c $(pkg-config --cflags --libs lococo) -o generate
  *   LOCOCO_ONNXRUNTIME=/path/to/libonnxruntime.so ./generate bundle/ 16 1 450 7483
  */
-#include <inttypes.h>
-#include <stdio.h>
-#include <stdlib.h>
-
-#include "lococo.h"
-
-static void check(lococo_status status) {
-  if (status == LOCOCO_OK) return;
-  fprintf(stderr, "error %d: %s\n", (int)status, lococo_last_error());
-  exit(1);
-}
+#include "common.h"
 
 static void print_log(lococo_log_level level, const char* message, void* user) {
   (void)user;
@@ -32,11 +22,7 @@ int main(int argc, char** argv) {
     fprintf(stderr, "usage: %s BUNDLE NUM_TOKENS ID [ID ...]\n", argv[0]);
     return 2;
   }
-  if (lococo_abi_version() != LOCOCO_ABI_VERSION) {
-    fprintf(stderr, "liblococo has ABI %" PRId32 ", this program was built for %d\n", lococo_abi_version(),
-            LOCOCO_ABI_VERSION);
-    return 2;
-  }
+  check_abi();
   const size_t n = (size_t)(argc - 3);
   int32_t* ids = malloc(n * sizeof *ids);
   if (ids == NULL) return 1;

@@ -22,20 +22,31 @@
 extern "C" {
 #endif
 
-#if defined(_WIN32)
-#define LOCOCO_API __declspec(dllexport)
-#else
+/* Marks what the library exports. */
 #define LOCOCO_API __attribute__((visibility("default")))
-#endif
 
-/* Raised whenever a signature or a struct below changes; a client compares it with lococo_abi_version(). */
-#define LOCOCO_ABI_VERSION 1
+/* The release, semantic versioning: before 1.0 a new minor version may change the interface. The build system and the
+ * Python package read the numbers here. */
+#define LOCOCO_VERSION_MAJOR 0
+#define LOCOCO_VERSION_MINOR 1
+#define LOCOCO_VERSION_PATCH 0
+#define LOCOCO_TEXT_(x) #x
+#define LOCOCO_DOTTED_(a, b, c) LOCOCO_TEXT_(a) "." LOCOCO_TEXT_(b) "." LOCOCO_TEXT_(c)
+/* The three numbers as text, "0.1.0". */
+#define LOCOCO_VERSION LOCOCO_DOTTED_(LOCOCO_VERSION_MAJOR, LOCOCO_VERSION_MINOR, LOCOCO_VERSION_PATCH)
+
+/* The binary interface, and the number in liblococo.so.N. It is raised whenever a program compiled with the header
+ * before would misbehave with the library after: a function is removed, or a signature, a struct or the value of a
+ * constant changes. New functions and new constants do not raise it. A program compares it with lococo_abi_version()
+ * before it calls anything else. */
+#define LOCOCO_ABI_VERSION 2
 
 typedef struct lococo_model lococo_model;     /* an opened bundle: weights and graphs, shared by its sessions */
 typedef struct lococo_session lococo_session; /* one sequence: slots, cursor, last logits */
 
+/* What a call came to; lococo_last_error() has the text. */
 typedef enum lococo_status {
-  LOCOCO_OK = 0,
+  LOCOCO_OK = 0,                     /* done */
   LOCOCO_ERROR_INVALID_ARGUMENT = 1, /* a value the caller can correct: token id out of range, empty prompt, ... */
   LOCOCO_ERROR_NOT_FOUND = 2,        /* a file, folder or library that is not there */
   LOCOCO_ERROR_CORRUPT = 3,          /* truncated, wrong sha256, malformed JSON, inconsistent manifest */
@@ -46,14 +57,14 @@ typedef enum lococo_status {
   LOCOCO_ERROR_DEAD = 8,             /* an earlier backend error left the session unusable: reset or load it */
   LOCOCO_ERROR_IO = 9,               /* the operating system refused a read or a write */
   LOCOCO_ERROR_NO_SPACE = 10,        /* the disk is full */
-  LOCOCO_ERROR_OUT_OF_MEMORY = 11,
-  LOCOCO_ERROR_BACKEND = 12,  /* ONNX Runtime (or another backend) failed; the message carries its text */
-  LOCOCO_ERROR_INTERNAL = 13, /* a defect of this library */
+  LOCOCO_ERROR_OUT_OF_MEMORY = 11,   /* memory could not be had */
+  LOCOCO_ERROR_BACKEND = 12,         /* ONNX Runtime (or another backend) failed; the message carries its text */
+  LOCOCO_ERROR_INTERNAL = 13,        /* a defect of this library */
 } lococo_status;
 
 /* Zero-initialise, set struct_size = sizeof(lococo_options), then what you need. NULL and 0 mean the default. */
 typedef struct lococo_options {
-  size_t struct_size;
+  size_t struct_size;          /* sizeof(lococo_options) */
   const char* device;          /* "cpu" (default), or "cuda:0" and on with backend "tensorrt" */
   const char* backend;         /* "onnxruntime" (default), or "tensorrt": engines of lococo-build */
   const char* backend_library; /* onnxruntime: path of libonnxruntime; default: $LOCOCO_ONNXRUNTIME, then the loader's
@@ -63,12 +74,13 @@ typedef struct lococo_options {
   int32_t skip_hashes; /* 1 = check file sizes only, not their sha256 */
 } lococo_options;
 
+/* Geometry and sizes of an opened bundle. */
 typedef struct lococo_model_info {
-  size_t struct_size;
-  int32_t vocab_size;
-  int32_t num_layers;
-  int32_t num_kv_heads;
-  int32_t head_dim;
+  size_t struct_size;     /* sizeof(lococo_model_info) */
+  int32_t vocab_size;     /* V: logits of a token */
+  int32_t num_layers;     /* decoder layers */
+  int32_t num_kv_heads;   /* heads of K and V a layer */
+  int32_t head_dim;       /* d: numbers a head */
   int32_t mem_size;       /* M: slots left by a fusion */
   int32_t capacity;       /* M + buffer: the most slots that are live between calls */
   int32_t block_size;     /* B: the most tokens of one forward */
@@ -80,14 +92,20 @@ typedef struct lococo_model_info {
 
 /* Zero-initialise, set struct_size, then what you need: all zero is greedy decoding. */
 typedef struct lococo_sampling_params {
-  size_t struct_size;
-  float temperature; /* 0 = greedy (arg max, lowest id on a tie) */
-  int32_t top_k;     /* keep the k likeliest; 0 = all */
-  float top_p;       /* then keep the likeliest until their probability reaches top_p; 0 or 1 = all */
-  uint64_t seed;     /* a draw depends on the logits, the seed and the absolute position alone */
+  size_t struct_size; /* sizeof(lococo_sampling_params) */
+  float temperature;  /* 0 = greedy (arg max, lowest id on a tie) */
+  int32_t top_k;      /* keep the k likeliest; 0 = all */
+  float top_p;        /* then keep the likeliest until their probability reaches top_p; 0 or 1 = all */
+  uint64_t seed;      /* a draw depends on the logits, the seed and the absolute position alone */
 } lococo_sampling_params;
 
-typedef enum lococo_log_level { LOCOCO_LOG_INFO = 0, LOCOCO_LOG_WARNING = 1, LOCOCO_LOG_ERROR = 2 } lococo_log_level;
+/* How bad a log line is. */
+typedef enum lococo_log_level {
+  LOCOCO_LOG_INFO = 0,    /* what was opened, and how */
+  LOCOCO_LOG_WARNING = 1, /* it goes on, but not as it should */
+  LOCOCO_LOG_ERROR = 2,   /* something was not done */
+} lococo_log_level;
+/* Receives log lines; message lives as long as the call. */
 typedef void (*lococo_log_fn)(lococo_log_level level, const char* message, void* user);
 
 /* Called for every generated token, end-of-sequence tokens included; return non-zero to stop. */
@@ -95,8 +113,10 @@ typedef int (*lococo_token_fn)(int32_t token_id, void* user);
 
 /* --- library ----------------------------------------------------------------------------------------------------- */
 
+/* LOCOCO_ABI_VERSION of the library that was loaded. */
 LOCOCO_API int32_t lococo_abi_version(void);
-LOCOCO_API const char* lococo_version(void); /* "0.1.0", static */
+/* LOCOCO_VERSION of the library that was loaded; static. */
+LOCOCO_API const char* lococo_version(void);
 /* The calling thread's last error text, "" if none; valid until that thread's next failing call. */
 LOCOCO_API const char* lococo_last_error(void);
 /* One callback for the process; NULL silences (the default). May be called from any thread that calls in. */
@@ -106,13 +126,16 @@ LOCOCO_API void lococo_set_log_callback(lococo_log_fn fn, void* user);
 
 /* Opens and checks a bundle directory. options may be NULL. */
 LOCOCO_API lococo_status lococo_model_open(const char* bundle_dir, const lococo_options* options, lococo_model** out);
+/* Frees the model; its sessions must be gone. */
 LOCOCO_API void lococo_model_close(lococo_model* model);
 /* Set info->struct_size first. Strings live as long as the model. */
 LOCOCO_API lococo_status lococo_model_get_info(const lococo_model* model, lococo_model_info* info);
 
 /* --- session ----------------------------------------------------------------------------------------------------- */
 
+/* A new session with an empty cache. */
 LOCOCO_API lococo_status lococo_session_create(lococo_model* model, lococo_session** out);
+/* Frees the session; one that another thread is using is left alone, and a log line says so. */
 LOCOCO_API void lococo_session_destroy(lococo_session* session);
 /* Back to an empty cache at position 0; revives a dead session. */
 LOCOCO_API lococo_status lococo_session_reset(lococo_session* session);
@@ -147,11 +170,15 @@ LOCOCO_API lococo_status lococo_session_counters(lococo_session* session, int64_
 
 /* Bytes that state_get writes and a state file holds: header and state_bytes. */
 LOCOCO_API lococo_status lococo_session_state_size(lococo_session* session, size_t* size);
+/* Writes the state to buffer; size must be that of lococo_session_state_size. */
 LOCOCO_API lococo_status lococo_session_state_get(lococo_session* session, void* buffer, size_t size);
-/* Checked whole (magic, schema version, bundle, size, checksum, lengths) before anything changes. */
+/* Continues from a state, checked whole (magic, schema version, bundle, size, checksum, lengths) before anything
+ * changes. */
 LOCOCO_API lococo_status lococo_session_state_set(lococo_session* session, const void* buffer, size_t size);
-/* Written beside path, fsynced, renamed: path holds the old file or the new one, never half of one. */
+/* Saves the state as a file: written beside path, fsynced, renamed: path holds the old file or the new one, never half
+ * of one. */
 LOCOCO_API lococo_status lococo_session_save(lococo_session* session, const char* path);
+/* Continues from a state file, checked as by state_set. */
 LOCOCO_API lococo_status lococo_session_load(lococo_session* session, const char* path);
 
 #ifdef __cplusplus

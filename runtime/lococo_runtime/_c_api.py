@@ -13,7 +13,7 @@ from typing import Any
 
 from . import _exceptions as errors
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 # lococo_status -> exception
 _ERRORS: dict[int, type[errors.LococoError]] = {
@@ -114,6 +114,13 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
+def package_folders() -> list[Path]:
+    """The folders of this package: an editable install leaves the sources in place, the library in site-packages."""
+    spec = importlib.util.find_spec("lococo_runtime")
+    found = [str(Path(__file__).parent), *(spec.submodule_search_locations or [] if spec else [])]
+    return [Path(p) for p in dict.fromkeys(found)]
+
+
 def library_path() -> Path:
     """Where the C library is: $LOCOCO_LIBRARY, or in this package's lib folder.
 
@@ -121,10 +128,7 @@ def library_path() -> Path:
         NotFoundError: listing every path that was tried.
     """
     name = {"darwin": "liblococo.dylib", "win32": "lococo.dll"}.get(sys.platform, "liblococo.so")
-    # an editable install leaves the sources in place and the library in site-packages
-    spec = importlib.util.find_spec("lococo_runtime")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    tried = [Path(p) / "lib" / name for p in dict.fromkeys([str(Path(__file__).parent), *folders])]
+    tried = [folder / "lib" / name for folder in package_folders()]
     if explicit := os.environ.get("LOCOCO_LIBRARY"):
         tried = [Path(explicit)]
     for path in tried:
