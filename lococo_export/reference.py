@@ -432,15 +432,20 @@ class ReferenceModel(nn.Module):
         result: ForwardResult,
         num_tokens: Tensor | None = None,
         on_fusion: FusionObserver | None = None,
+        fuse: bool | None = None,
     ) -> LococoState:
-        """The state after a forward: new columns appended, and rows with more than C live slots fused down to M."""
+        """The state after a forward: new columns appended, and rows with more than C live slots fused down to M.
+
+        `fuse` says whether any row fuses, for callers that know; None looks, for which a GPU must be waited for.
+        """
         batch, _, n, _ = result.new_keys[0].shape
         slots = self.cache.capacity
         if num_tokens is None:
             num_tokens = torch.full_like(state.length, n)
         total = state.length + num_tokens  # (B,)
         fired = total > slots  # (B,) bool
-        fuse = bool(fired.any())
+        if fuse is None:
+            fuse = bool(fired.any())
         keys, values, scores = [], [], []
         for i in range(self.geometry.num_layers):
             key = join_columns(state.keys[i], result.new_keys[i], state.length, num_tokens)

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,8 @@ import numpy as np
 import onnxruntime
 import torch
 import transformers
+from lococo_bench.device import cpu_name
+from lococo_bench.measure import build_commit
 from lococo_runtime import Model, Session
 from lococo_runtime._process import memory_bytes
 from lococo_runtime.llm import load_tokenizer
@@ -189,19 +190,14 @@ def read_far(session: Session, ids: list[int]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": git.stdout.strip(),
+        "commit": build_commit(),
     }
 
 

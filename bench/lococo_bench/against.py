@@ -1,0 +1,293 @@
+"""The same tests by PyTorch: our reference model and transformers, eager and compiled. Needs torch.
+
+All of them decode greedily, one token after the other, with the token chosen on the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from lococo_runtime import NotFoundError, UnsupportedError
+from lococo_runtime.bundle import Manifest
+
+from .device import Device
+from .measure import Clock, Plan, Row, installed_version, summary_ms, timing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lococo_export.reference import LococoState, ReferenceModel
+
+SECONDS = 10.0  # repetitions end after this, but not before the second
+CHUNK = 4096  # tokens read at once on the way to a depth
+KEPT = (
+    *("build_commit", "version", "cpu_info", "gpu_info", "driver_version", "cuda_version", "power_mode", "clocks"),
+    *("device", "model_filename", "model_type", "model_size", "model_n_params", "policy", "mem_size", "n_batch"),
+    "copy_bytes_per_second",
+)
+DECODED = ("reference-eager", "reference-compile", "transformers-dynamic", "transformers-static-compile")
+
+
+def import_torch() -> Any:
+    """torch, once all that --against torch needs is there.
+
+    Raises:
+        NotFoundError: naming what is missing.
+    """
+    try:
+        importlib.import_module("transformers")
+        importlib.import_module("lococo_export")
+        return importlib.import_module("torch")
+    except ImportError as e:
+        raise NotFoundError(f"--against torch: {e}; pip install 'lococo-export[export]'") from e
+
+
+class Against:
+    """Measures PyTorch on the checkpoint that a bundle was made from.
+
+    Args:
+        manifest: the bundle's.
+        checkpoint: a directory that lococo-export and transformers can read.
+        device: where to run.
+        common: what the rows of the bundle have in common.
+        max_depth: transformers is not run at larger depths.
+        progress: told what begins, and what is left out.
+
+    Raises:
+        NotFoundError: torch or transformers is missing.
+        ConfigError: another checkpoint than the bundle's.
+        UnsupportedError: transformers cannot load it.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        checkpoint: str | os.PathLike[str],
+        device: Device,
+        common: Row,
+        *,
+        max_depth: int = 65536,
+        progress: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self.torch = import_torch()
+        from lococo_export.reference import ReferenceModel
+        from lococo_export.verify import checkpoint_of
+
+        self.manifest, self.max_depth, self.progress = manifest, max_depth, progress
+        self.clock = Clock(device)
+        self.name = "cpu" if device.index is None else f"cuda:{device.index}"
+        self.dtype = getattr(self.torch, manifest.dtype)
+        self.common: Row = {
+            **{k: common.get(k) for k in KEPT},
+            "backend": "torch",
+            "torch_version": self.torch.__version__,
+            "torch_cuda_version": self.torch.version.cuda,
+            "transformers_version": installed_version("transformers"),
+        }
+        self.reference = ReferenceModel(checkpoint_of(manifest, checkpoint), self.dtype, self.name)
+        self.transformers = self._load_transformers(checkpoint)
+
+    def run(self, plan: Plan) -> Iterator[Row]:
+        """Rows of every implementation: prompts into an empty cache, generation at every depth."""
+        for n in plan.n_prompt:
+            for implementation in ("reference-eager", "transformers-dynamic"):
+                self.progress(f"{implementation}: {n} tokens of prompt")
+                yield self._row(implementation, 0, self._prompt(implementation, n, plan.repetitions))
+        for depth in plan.n_depth:
+            for implementation in DECODED:
+                if implementation.startswith("transformers") and depth > self.max_depth:
+                    self.progress(f"{implementation}: depth {depth} is left out: more than {self.max_depth}")
+                    continue
+                for n in plan.n_gen:
+                    self.progress(f"{implementation}: {n} tokens generated at depth {depth}")
+                    yield self._row(implementation, depth, self._decode(implementation, n, depth, plan.repetitions))
+
+    def _row(self, implementation: str, depth: int, measured: Row) -> Row:
+        by = "position" if implementation.startswith("reference") else "prefill"
+        return {
+            "implementation": implementation,
+            **self.common,
+            **measured,
+            "n_depth": depth,
+            "depth_by": by if depth else "prefill",
+        }
+
+    # --- prompts -----------------------------------------------------------------------------------------------------
+
+    def _prompt(self, implementation: str, n: int, repetitions: int) -> Row:
+        ids = self._random(n)
+        read = self._read_reference if implementation.startswith("reference") else self._read_transformers
+        self._reset_memory()
+        with self.torch.no_grad():
+            samples = self._repeat(lambda: int(read(ids).argmax()), repetitions)
+        ms = [ns / 1e6 for ns in samples[1:]]
+        measured = timing(samples[1:], samples[0], n)
+        return {"n_prompt": n, "n_gen": 0, **measured, "ttft_ms": summary_ms(ms), **self._memory()}
+
+    def _read_reference(self, ids: Tensor) -> Tensor:
+        from lococo_export.reference import ReferenceSession
+
+        return ReferenceSession(self.reference).prefill(ids)
+
+    def _read_transformers(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.transformers(ids, past_key_values=self._dynamic_cache(), logits_to_keep=1).logits[:, -1]
+        return logits
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    def _decode(self, implementation: str, n: int, depth: int, repetitions: int) -> Row:
+        self._reset_memory()
+        self.torch.compiler.reset()  # another depth may be another shape, which must not become a dynamic one
+        steps: _ReferenceSteps | None = None
+        # no_grad, not inference_mode: compiled code writes to tensors that were made here
+        with self.torch.no_grad():
+            if implementation.startswith("reference"):
+                steps = _ReferenceSteps(self.torch, self.reference, depth, implementation.endswith("compile"))
+                step: Callable[[], object] = steps
+            elif implementation == "transformers-dynamic":
+                step = self._transformers_steps(self.transformers, self._dynamic_cache(), depth)
+            else:
+                step = self._static_steps(depth, n * (repetitions + 1))
+
+            def generate() -> None:
+                for _ in range(n):
+                    step()
+
+            samples = self._repeat(generate, repetitions)
+            row = {"n_prompt": 0, "n_gen": n, **timing(samples[1:], samples[0], n)}
+            if steps is not None:
+                row |= steps.apart(self.clock, n)
+        return {**row, **self._memory()}
+
+    def _transformers_steps(self, forward: Any, cache: Any, depth: int) -> Callable[[], object]:
+        """Reads `depth` tokens, at least one, eagerly; then a call of the result is a step."""
+        torch = self.torch
+        for first in range(0, max(depth, 1), CHUNK):
+            ids = self._random(min(CHUNK, max(depth, 1) - first))
+            out = self.transformers(ids, past_key_values=cache, logits_to_keep=1)
+        token = out.logits[:, -1:].argmax(-1)
+
+        def step() -> None:
+            nonlocal token
+            torch.compiler.cudagraph_mark_step_begin()
+            # a tensor of its own: the graph's output is overwritten by the next step
+            token = forward(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+        return step
+
+    def _static_steps(self, depth: int, tokens: int) -> Callable[[], object]:
+        from transformers import StaticCache
+
+        cache = StaticCache(config=self.transformers.config, max_cache_len=max(depth, 1) + tokens)
+        compiled = self.torch.compile(self.transformers.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        return self._transformers_steps(compiled, cache, depth)
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    def _load_transformers(self, checkpoint: str | os.PathLike[str]) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self.dtype)
+        except (OSError, ValueError) as e:
+            raise UnsupportedError(f"{checkpoint}: transformers cannot load it: {e}") from e
+        return model.to(self.name).eval()
+
+    def _dynamic_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.transformers.config)
+
+    def _random(self, n: int) -> Tensor:
+        ids: Tensor = self.torch.randint(0, self.manifest.model.vocab_size, (1, n), device=self.name)
+        return ids
+
+    def _repeat(self, call: Callable[[], object], repetitions: int) -> list[int]:
+        """Nanoseconds: of a warm-up, then of the repetitions that fit into the time, two at least."""
+        samples = [self.clock.ns(call)]
+        while len(samples) <= repetitions and (len(samples) < 3 or sum(samples[1:]) < SECONDS * 1e9):
+            samples.append(self.clock.ns(call))
+        return samples
+
+    def _reset_memory(self) -> None:
+        if self.name != "cpu":
+            self.torch.cuda.empty_cache()
+            self.torch.cuda.reset_peak_memory_stats(self.name)
+
+    def _memory(self) -> Row:
+        """Of all tensors, both models' weights included; None on a CPU, where nobody counts them apart."""
+        if self.name == "cpu":
+            return {"peak_memory_bytes": None, "memory_by": None}
+        other = self._weights_of_the_other()
+        peak = int(self.torch.cuda.max_memory_allocated(self.name))
+        return {"peak_memory_bytes": peak - other, "memory_by": "torch-allocated"}
+
+    def _weights_of_the_other(self) -> int:
+        """Weights are loaded twice, once for each implementation; one of them has no part in a measurement."""
+        return min(sum(p.nbytes for p in m.parameters()) for m in (self.reference, self.transformers))
+
+
+class _ReferenceSteps:
+    """Greedy steps of the reference model from a state with full slots at `depth`; empty at depth 0."""
+
+    def __init__(self, torch: Any, model: ReferenceModel, depth: int, compiled: bool) -> None:
+        self.torch, self.model = torch, model
+        self.capacity, self.mem_size = model.cache.capacity, model.cache.mem_size
+        self.live = min(depth, self.mem_size)
+        empty = model.empty_state()
+        # every tensor on its own: compiled steps write into them
+        self.state = self._rebuild([t.clone() for t in self._flatten(empty)])
+        self.state.length.fill_(self.live)
+        self.state.position.fill_(depth)
+        self.ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        self.compiled: dict[bool, Any] = {}
+        if compiled:
+            for tensor in (*self._flatten(self.state), self.ids):
+                torch._dynamo.mark_static_address(tensor)
+            for fuse in (False, True):
+                self.compiled[fuse] = torch.compile(self._in_place(fuse), mode="reduce-overhead", dynamic=False)
+
+    def __call__(self) -> None:
+        """One step."""
+        fuse = self.live + 1 > self.capacity
+        if self.compiled:
+            self.compiled[fuse](self.ids, self._flatten(self.state))
+        else:
+            self.state, self.ids = self._step(self.ids, self.state, fuse)
+        self.live = self.mem_size if fuse else self.live + 1
+
+    def apart(self, clock: Clock, n: int) -> Row:
+        """Steps timed one by one, n of them and at least two windows, with and without a fusion apart."""
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(max(n, 2 * (self.capacity - self.mem_size + 1))):
+            fuse = self.live + 1 > self.capacity
+            times[fuse].append(clock.ns(self) / 1e6)
+        return {
+            "plain_step_ms": summary_ms(times[False]) if times[False] else None,
+            "fusion_step_ms": summary_ms(times[True]) if times[True] else None,
+        }
+
+    def _step(self, ids: Tensor, state: LococoState, fuse: bool) -> tuple[LococoState, Tensor]:
+        result = self.model(ids, state, return_all=False)
+        return self.model.update(state, result, fuse=fuse), result.logits.argmax(-1)
+
+    def _in_place(self, fuse: bool) -> Callable[[Tensor, list[Tensor]], None]:
+        def step(ids: Tensor, tensors: list[Tensor]) -> None:
+            new, next_ids = self._step(ids, self._rebuild(tensors), fuse)
+            for old, tensor in zip(tensors, self._flatten(new), strict=True):
+                old.copy_(tensor)
+            ids.copy_(next_ids)
+
+        return step
+
+    def _flatten(self, state: LococoState) -> list[Tensor]:
+        return [*state.keys, *state.values, *state.scores, state.length, state.position, state.logits]
+
+    def _rebuild(self, tensors: list[Tensor]) -> LococoState:
+        from lococo_export.reference import LococoState
+
+        n = self.model.geometry.num_layers
+        return LococoState(tensors[:n], tensors[n : 2 * n], tensors[2 * n : -3], *tensors[-3:])

@@ -1,0 +1,108 @@
+"""lococo-bench."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lococo_runtime import InvalidArgumentError
+from lococo_runtime.cli import guarded, show_step
+
+from .against import Against, import_torch
+from .measure import Bench, Plan, Row
+from .regression import compare
+from .report import FORMATS, add_ratios, format_rows, plot, read_rows
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """ "512,4096" to (512, 4096); "0" alone, as in llama-bench, may stand for no test."""
+    try:
+        return tuple(int(x) for x in text.split(","))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 512,4096, got {text!r}") from e
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of lococo-bench."""
+    parser = argparse.ArgumentParser(
+        prog="lococo-bench",
+        usage="%(prog)s BUNDLE [-p N,..] [-n N,..] [-d N,..] [-r N] [-o FORMAT] [options]",
+        description="Measure a bundle: prompts, single steps and greedy generation, at any depth of context.",
+        epilog="Exit code 1: slower than --baseline allows, or an error. On other hardware: SKIPPED, and 0.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26),
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory made by lococo-export")
+    parser.add_argument(
+        "-p", "--n-prompt", type=numbers, default=(512,), metavar="N", help="prompt tokens (512); 0: no"
+    )
+    parser.add_argument("-n", "--n-gen", type=numbers, default=(128,), metavar="N", help="tokens to generate (128)")
+    parser.add_argument("-d", "--n-depth", type=numbers, default=(0,), metavar="N", help="tokens read before (0)")
+    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="timed runs of a test (5)")
+    parser.add_argument(
+        "-o", "--output", choices=FORMATS, default="md", metavar="F", help="md, json, jsonl or csv (md)"
+    )
+    parser.add_argument("-oe", "--output-err", choices=FORMATS, metavar="F", help="on stderr too")
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, or cuda:0 and on")
+    parser.add_argument("--backend", metavar="B", help="onnxruntime or tensorrt (by the device)")
+    parser.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="0: one per physical core")
+    parser.add_argument(
+        "--depth-by",
+        choices=("auto", "prefill", "position"),
+        default="auto",
+        metavar="W",
+        help="prefill, position, or auto: prefill if it takes at most 30 s",
+    )
+    parser.add_argument("--against", choices=("torch",), help="measure PyTorch too: our reference, and transformers")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="for --against: the bundle's checkpoint")
+    parser.add_argument("--against-max-depth", type=int, default=65536, metavar="N", help="for transformers (65536)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency and memory: .svg, .png, ...")
+    parser.add_argument("--baseline", type=Path, metavar="JSON", help="compare medians with an earlier run")
+    parser.add_argument("--fail-above", type=float, default=1.05, metavar="X", help="largest ratio to it (1.05)")
+    args = parser.parse_args(argv)
+    return guarded(lambda: _bench(args))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    plan = Plan(
+        tuple(n for n in args.n_prompt if n != 0),
+        tuple(n for n in args.n_gen if n != 0),
+        args.n_depth,
+        args.repetitions,
+        args.depth_by,
+    )
+    if args.against and args.model is None:
+        raise InvalidArgumentError("--against torch: expected --model, the checkpoint that the bundle was made from")
+    if args.against:
+        import_torch()  # before minutes of measuring
+    baseline = read_rows(args.baseline) if args.baseline else None
+    backend = args.backend or ("onnxruntime" if args.device == "cpu" else "tensorrt")
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        add_ratios(rows)
+        if args.output == "jsonl":
+            print(format_rows([row], "jsonl"), end="", flush=True)
+
+    with Bench(args.bundle, device=args.device, backend=backend, num_threads=args.threads, progress=show_step) as bench:
+        for row in bench.run(plan):
+            add(row)
+        manifest, device, common = bench.manifest, bench.device, bench.common
+    if args.against:
+        for row in Against(
+            manifest, args.model, device, common, max_depth=args.against_max_depth, progress=show_step
+        ).run(plan):
+            add(row)
+    if args.output != "jsonl":
+        print(format_rows(rows, args.output), end="")
+    if args.output_err:
+        print(format_rows(rows, args.output_err), end="", file=sys.stderr)
+    if args.plot:
+        plot(rows, args.plot)
+    if baseline is None:
+        return 0
+    comparison = compare(baseline, rows, args.fail_above)
+    print(comparison, file=sys.stderr)
+    return 1 if comparison.failed else 0

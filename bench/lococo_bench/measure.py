@@ -1,0 +1,403 @@
+"""The measurements: reading prompts, single steps, and greedy generation, at any depth of context.
+
+Every call is timed on the host's clock with the device idle before and after. Token ids are random: the time of a
+forward does not depend on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import re
+import statistics
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from lococo_runtime import InvalidArgumentError, Model, SamplingParams, Session
+from lococo_runtime import _c_api as c
+from lococo_runtime.bundle import DTYPE_BYTES, WEIGHTS_NAME, Manifest
+
+from .device import Device, cpu_name, open_device
+
+STATE_HEADER_BYTES = 88  # docs/bundle.md
+AUTO_PREFILL_SECONDS = 30.0
+
+Row = dict[str, Any]
+"""One measurement under llama-bench's keys, and more; see docs/benchmark.md."""
+
+DepthBy = Literal["auto", "prefill", "position"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        n_prompt: lengths of prompts, tokens.
+        n_gen: how many tokens to generate.
+        n_depth: tokens in the context before each test.
+        repetitions: timed runs of each test, after one that is not counted.
+        depth_by: "prefill" reads the whole depth; "position" reads until the slots have been fused several times and
+            writes the position into the state; "auto" reads if that takes at most 30 s.
+
+    Raises:
+        InvalidArgumentError: numbers out of range.
+    """
+
+    n_prompt: tuple[int, ...] = (512,)
+    n_gen: tuple[int, ...] = (128,)
+    n_depth: tuple[int, ...] = (0,)
+    repetitions: int = 5
+    depth_by: DepthBy = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_prompt", 1), ("n_gen", 1), ("n_depth", 0)):
+            wrong = [x for x in getattr(self, name) if not least <= x < 2**31]
+            if wrong:
+                raise InvalidArgumentError(f"{name}: expected {least} to 2^31-1, got {wrong[0]}")
+        if self.repetitions < 1:
+            raise InvalidArgumentError(f"repetitions: expected at least 1, got {self.repetitions}")
+
+
+def summary_ms(values: list[float]) -> dict[str, float]:
+    """Milliseconds: min, p50, p95, p99, mean, and how many."""
+    cuts = np.percentile(values, [50, 95, 99])
+    return {
+        "min": min(values),
+        "p50": float(cuts[0]),
+        "p95": float(cuts[1]),
+        "p99": float(cuts[2]),
+        "mean": statistics.fmean(values),
+        "samples": len(values),
+    }
+
+
+class Clock:
+    """Times calls with the device idle on both sides."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def ns(self, call: Callable[[], object]) -> int:
+        """Nanoseconds of one call."""
+        self.device.synchronize()
+        start = time.perf_counter_ns()
+        call()
+        self.device.synchronize()
+        return time.perf_counter_ns() - start
+
+
+def timing(samples_ns: list[int], warmup_ns: int | None, tokens: int) -> Row:
+    """llama-bench's keys for runs of `tokens` tokens each."""
+    rates = [1e9 * tokens / ns for ns in samples_ns]
+    spread = len(samples_ns) > 1
+    return {
+        "test_time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "avg_ns": round(statistics.fmean(samples_ns)),
+        "stddev_ns": round(statistics.stdev(samples_ns)) if spread else 0,
+        "avg_ts": statistics.fmean(rates),
+        "stddev_ts": statistics.stdev(rates) if spread else 0.0,
+        "samples_ns": samples_ns,
+        "samples_ts": rates,
+        "warmup_ns": warmup_ns,
+    }
+
+
+def at_position(state: bytes, position: int) -> bytes:
+    """The same state, further on: the position is its first number (docs/bundle.md)."""
+    changed = bytearray(state)
+    struct.pack_into("<q", changed, STATE_HEADER_BYTES, position)
+    changed[56:88] = hashlib.sha256(changed[:56] + changed[STATE_HEADER_BYTES:]).digest()
+    return bytes(changed)
+
+
+def step_bytes(m: Manifest) -> int:
+    """Bytes that a plain step has to read: every matrix but the embedding's other rows, and all slots.
+
+    Norms, biases and RoPE tables are left out: less than a thousandth.
+    """
+    g = m.model
+    attention = 2 * g.hidden_size * g.head_dim * (g.num_heads + g.num_kv_heads)
+    weights = g.num_layers * (attention + 3 * g.hidden_size * g.intermediate_size) + g.vocab_size * g.hidden_size
+    slots = sum(t.nbytes for t in m.state if t.name.startswith(("past_key_values.", "past_scores.")))
+    return weights * DTYPE_BYTES[m.dtype] + slots
+
+
+def parameters(m: Manifest) -> int:
+    """Of the model, fusion heads included; RoPE tables count too, a little."""
+    return next(f.nbytes for f in m.files if f.path == WEIGHTS_NAME) // DTYPE_BYTES[m.dtype]
+
+
+def human(count: int) -> str:
+    """Such as "135M" or "6.74B"."""
+    unit, name = next((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "K"), (1, "")) if count >= u)
+    return f"{count / unit:.3g}{name}"
+
+
+@contextlib.contextmanager
+def library_log() -> Iterator[list[str]]:
+    """What the C library reports meanwhile: which TensorRT and which engines it took."""
+    lines: list[str] = []
+
+    def keep(level: int, message: bytes, user: object) -> None:
+        lines.append(message.decode(errors="replace"))
+
+    callback = c.LogFn(keep)  # must outlive its use
+    c.library().lococo_set_log_callback(callback, None)
+    try:
+        yield lines
+    finally:
+        c.library().lococo_set_log_callback(c.LogFn(), None)
+
+
+def build_commit() -> str:
+    """Of this source tree, $LOCOCO_BUILD_COMMIT where the tree is a copy, else "unknown"."""
+    if given := os.environ.get("LOCOCO_BUILD_COMMIT"):
+        return given
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def installed_version(package: str) -> str | None:
+    """Of an installed distribution, None if it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class Bench:
+    """A bundle on a device, measured. A context manager.
+
+    Args:
+        bundle: a bundle directory.
+        device, backend, num_threads: as `lococo_runtime.Model`.
+        progress: told what begins.
+
+    Raises:
+        as `lococo_runtime.Model` and `open_device`.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        backend: str = "onnxruntime",
+        num_threads: int = 0,
+        progress: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self.device = open_device(device, num_threads)
+        self.clock, self.progress = Clock(self.device), progress
+        self.copy_bandwidth = self.device.copy_bandwidth()
+        used: list[int] = [self.device.memory().get("device_used_bytes", 0)]
+        start = time.perf_counter()
+        with library_log() as log:
+            self.model = Model(bundle, device=device, backend=backend, num_threads=num_threads)
+        load_ms = 1e3 * (time.perf_counter() - start)
+        used.append(self.device.memory().get("device_used_bytes", 0))
+        sessions: list[Session] = []
+        create_ns = self.clock.ns(lambda: sessions.append(self.model.session()))
+        self.session = sessions[0]
+        used.append(self.device.memory().get("device_used_bytes", 0))
+        m = self.manifest = self.model.manifest
+        self.window = m.cache.capacity - m.cache.mem_size + 1
+        self.common: Row = {
+            "implementation": "lococo",
+            "build_commit": build_commit(),
+            "version": installed_version("lococo-export"),
+            "cpu_info": cpu_name(),
+            **self.device.describe(),
+            "backend": backend,
+            "device": device,
+            "n_threads": num_threads,
+            "tensorrt_version": _tensorrt_version(log),
+            "onnxruntime_version": None if backend != "onnxruntime" else installed_version("onnxruntime"),
+            "log": log,
+            "model_filename": Path(bundle).name,
+            "model_type": f"{m.model.family} {human(parameters(m))} {m.dtype}",
+            "model_size": next(f.nbytes for f in m.files if f.path == WEIGHTS_NAME),
+            "model_n_params": parameters(m),
+            "bundle_id": m.bundle_id,
+            "policy": m.cache.policy,
+            "mem_size": m.cache.mem_size,
+            "n_batch": m.cache.block_size,
+            "window_tokens": self.window,
+            "state_bytes": self.model.state_bytes,
+            "session_bytes": self.model.session_bytes,  # promised; the next two were measured
+            "model_device_bytes": used[1] - used[0] if any(used) else None,
+            "session_device_bytes": used[2] - used[1] if any(used) else None,
+            "copy_bytes_per_second": self.copy_bandwidth,
+            "step_bytes": step_bytes(m),
+            "load_ms": load_ms,
+            "create_session_ms": create_ns / 1e6,
+        }
+        self._tokens = np.random.default_rng(0)
+        self._full: bytes | None = None  # a state whose slots have been fused several times
+        self._rate: float | None = None
+
+    def close(self) -> None:
+        self.session.close()
+        self.model.close()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def run(self, plan: Plan) -> Iterator[Row]:
+        """Measures, row by row: prompts at every depth, then generation at every depth."""
+        for depth in plan.n_depth:
+            state, depth_by = self._reach(depth, plan.depth_by)
+            for n_prompt in plan.n_prompt:
+                self.progress(f"{n_prompt} tokens of prompt at depth {depth}")
+                yield {**self.common, **self._prompt(n_prompt, state, plan), "n_depth": depth, "depth_by": depth_by}
+            for n_gen in plan.n_gen:
+                self.progress(f"{n_gen} tokens generated at depth {depth}")
+                yield {**self.common, **self._generate(n_gen, state, plan), "n_depth": depth, "depth_by": depth_by}
+
+    # --- tests -------------------------------------------------------------------------------------------------------
+
+    def _prompt(self, n: int, state: bytes | None, plan: Plan) -> Row:
+        ids = self._random(n)
+        samples, first_token = [], []
+        for _ in range(plan.repetitions + 1):
+            self._restore(state)
+            samples.append(self.clock.ns(lambda: self._prefill(ids)))
+            first_token.append((samples[-1] + self.clock.ns(self.session.sample)) / 1e6)
+        return {
+            "n_prompt": n,
+            "n_gen": 0,
+            **timing(samples[1:], samples[0], n),
+            "ttft_ms": summary_ms(first_token[1:]),
+            **self.device.memory(),
+        }
+
+    def _generate(self, n: int, state: bytes | None, plan: Plan) -> Row:
+        """Greedy generation, n forwards in one call; single steps; whole windows."""
+        samples, ends = [], 0
+        energy = None
+        for repetition in range(plan.repetitions + 1):
+            self._restore(state)
+            if state is None:
+                self._step(0)  # there is nothing to choose a token from before the first one
+            if repetition == 1:
+                energy = self.device.energy_joules()
+            # the first token is there already, so n + 1 tokens take n forwards
+            tokens: list[int] = []
+            samples.append(self.clock.ns(lambda out=tokens: out.extend(self._greedy(n + 1))))  # type: ignore[misc]
+            ends += sum(t in self.manifest.model.eos_token_ids for t in tokens[:-1]) if repetition else 0
+        energy_after = self.device.energy_joules()
+        joules = None if energy is None or energy_after is None else energy_after - energy
+        self.progress(f"single steps after {n} tokens")
+        plain, fusion = self._single_steps(n * plan.repetitions, state)
+        floor_ms = 1e3 * self.common["step_bytes"] / self.copy_bandwidth
+        rows: Row = {
+            "n_prompt": 0,
+            "n_gen": n,
+            **timing(samples[1:], samples[0], n),
+            "n_end_of_sequence": ends,  # each one stops a window half-way
+            "plain_step_ms": summary_ms(plain) if plain else None,
+            "fusion_step_ms": summary_ms(fusion) if fusion else None,
+            "window_ms_per_token": self._windows(n, state, plan.repetitions),
+            "joules_per_token": None if joules is None or sum(samples[1:]) < 1e9 else joules / (n * plan.repetitions),
+            "floor_ms": floor_ms,
+            **self.device.memory(),
+        }
+        if plain:
+            middle = rows["plain_step_ms"]["p50"]
+            rows |= {"bytes_per_second": 1e3 * self.common["step_bytes"] / middle, "floor_share": floor_ms / middle}
+        return rows
+
+    def _single_steps(self, count: int, state: bytes | None) -> tuple[list[float], list[float]]:
+        """Milliseconds of single steps over random tokens: those without a fusion, those with one."""
+        self._restore(state)
+        for token in self._random(2 * self.window):  # warm-up
+            self._step(int(token))
+        plain: list[float] = []
+        fusion: list[float] = []
+        for token in self._random(count):
+            live = self.session.live_slots
+            took = self.clock.ns(lambda token=int(token): self._step(token)) / 1e6  # type: ignore[misc]
+            (plain if self.session.live_slots > live else fusion).append(took)
+        return plain, fusion
+
+    def _windows(self, n: int, state: bytes | None, repetitions: int) -> dict[str, float]:
+        """Greedy milliseconds a token over whole windows, from the first fusion at or after the depth."""
+        windows = -(-n // self.window)
+        self._restore(state)
+        while self.session.live_slots != self.manifest.cache.mem_size:
+            self._step(0)
+        fused, values = self.session.state(), []
+        for _ in range(repetitions + 1):
+            self.session.set_state(fused)
+            forwards = windows * self.window
+            values.append(self.clock.ns(lambda forwards=forwards: self._greedy(forwards + 1)) / 1e6 / forwards)  # type: ignore[misc]
+        return summary_ms(values[1:])
+
+    # --- depth -------------------------------------------------------------------------------------------------------
+
+    def _reach(self, depth: int, by: DepthBy) -> tuple[bytes | None, str]:
+        """A state at `depth`, None for the empty one, and how it was reached."""
+        cache = self.manifest.cache
+        full = cache.block_size * -(-4 * cache.capacity // cache.block_size)
+        if depth == 0:
+            return None, "prefill"
+        if depth <= full:
+            self.session.reset()
+            self._prefill(self._random(depth))
+            return self.session.state(), "prefill"
+        if self._full is None:
+            self.progress("filling the slots")
+            self.session.reset()
+            ids = self._random(full)
+            self._prefill(ids)
+            self.session.reset()
+            self._rate = 1e9 * full / self.clock.ns(lambda: self._prefill(ids))
+            self._full = self.session.state()
+        if by == "position" or (by == "auto" and depth / (self._rate or 1) > AUTO_PREFILL_SECONDS):
+            return at_position(self._full, depth), "position"
+        self.session.set_state(self._full)
+        self.progress(f"reading {depth} tokens")
+        self._prefill(self._random(depth - full))
+        return self.session.state(), "prefill"
+
+    def _restore(self, state: bytes | None) -> None:
+        if state is None:
+            self.session.reset()
+        else:
+            self.session.set_state(state)
+
+    # --- the calls that are timed: the C library's, logits stay where they are ---------------------------------------
+
+    def _random(self, n: int) -> npt.NDArray[np.int32]:
+        return self._tokens.integers(0, self.model.vocab_size, n).astype(np.int32)
+
+    def _prefill(self, ids: npt.NDArray[np.int32]) -> None:
+        c.call("lococo_session_prefill", self.session._handle, ids.ctypes.data_as(c._IDS), ids.size, None)
+
+    def _step(self, token: int) -> None:
+        c.call("lococo_session_step", self.session._handle, ctypes.c_int32(token))
+
+    def _greedy(self, n: int) -> list[int]:
+        return self.session.generate_all([], SamplingParams(max_tokens=n, ignore_eos=True))
+
+
+def _tensorrt_version(log: list[str]) -> str | None:
+    found = [m.group(1) for line in log if (m := re.match(r"TensorRT ([\d.]+)", line))]
+    return found[0] if found else None
