@@ -42,7 +42,7 @@ class Executor {
   virtual const float* logits() = 0;
   // Zero state, zero logits.
   virtual void reset() = 0;
-  // The manifest's state tensors but position and past_length, in its order, tight: state_bytes - 16 bytes.
+  // Manifest::state but position and past_length, in its order, tight.
   virtual void read_state(uint8_t* bytes) = 0;
   virtual void write_state(const uint8_t* bytes) = 0;
   // The state of an executor of the same backend.

@@ -9,6 +9,7 @@
 
 #include "error.h"
 #include "session.h"
+#include "stops.h"
 
 struct lococo_model {
   std::shared_ptr<lococo::Model> impl;
@@ -17,6 +18,10 @@ struct lococo_model {
 struct lococo_session {
   explicit lococo_session(std::shared_ptr<lococo::Model> model) : impl(std::move(model)) {}
   lococo::Session impl;
+};
+
+struct lococo_stops {
+  lococo::Stops impl;
 };
 
 namespace {
@@ -108,7 +113,12 @@ int32_t cuda_index(const std::string& device) {
   return static_cast<int32_t>(std::stoi(digits));
 }
 
-constexpr lococo_sampling_params kGreedy = {sizeof(lococo_sampling_params), 0, 0, 0, 0};
+// NULL stands for the default.
+lococo_sampling_params or_greedy(const lococo_sampling_params* params) {
+  lococo_sampling_params greedy = {};
+  greedy.struct_size = sizeof greedy;
+  return params != nullptr ? *params : greedy;
+}
 
 }  // namespace
 
@@ -237,14 +247,34 @@ lococo_status lococo_session_logits(lococo_session* session, const float** logit
 lococo_status lococo_session_sample(lococo_session* session, const lococo_sampling_params* params, int32_t* id) {
   return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
     require(id, "id");
-    *id = s.sample(params != nullptr ? *params : kGreedy);
+    *id = s.sample(or_greedy(params));
+  });
+}
+
+lococo_status lococo_session_distribution(lococo_session* session, const lococo_sampling_params* params,
+                                          float* probabilities) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    require(probabilities, "probabilities");
+    s.distribution(or_greedy(params), probabilities);
+  });
+}
+
+lococo_status lococo_session_logprobs(lococo_session* session, int32_t id, int32_t n, float* logprob, int32_t* top_ids,
+                                      float* top_logprobs) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    require(logprob, "logprob");
+    if (n > 0) {
+      require(top_ids, "top_ids");
+      require(top_logprobs, "top_logprobs");
+    }
+    s.logprobs(id, n, logprob, top_ids, top_logprobs);
   });
 }
 
 lococo_status lococo_session_generate(lococo_session* session, const lococo_sampling_params* params, int32_t max_tokens,
                                       lococo_token_fn on_token, void* user, int32_t* num_generated) {
   return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
-    const int32_t count = s.generate(params != nullptr ? *params : kGreedy, max_tokens, on_token, user);
+    const int32_t count = s.generate(or_greedy(params), max_tokens, on_token, user);
     if (num_generated != nullptr) *num_generated = count;
   });
 }
@@ -307,5 +337,48 @@ lococo_status lococo_session_load(lococo_session* session, const char* path) {
   return with_session(session, Dead::kAllowed, [&](lococo::Session& s) {
     require(path, "path");
     s.load(path);
+  });
+}
+
+lococo_status lococo_stops_create(const char* const* strings, size_t n, lococo_stops** out) {
+  return guarded([&] {
+    if (n > 0) require(strings, "strings");
+    require(out, "out");
+    *out = new lococo_stops{lococo::Stops(strings, n)};
+  });
+}
+
+void lococo_stops_destroy(lococo_stops* stops) { delete stops; }
+
+lococo_status lococo_stops_push(lococo_stops* stops, const char* text, size_t size, const char** out, size_t* out_size,
+                                int32_t* matched) {
+  return guarded([&] {
+    require(stops, "stops");
+    if (size > 0) require(text, "text");
+    require(out, "out");
+    require(out_size, "out_size");
+    require(matched, "matched");
+    const lococo::Stops::Shown shown = stops->impl.push(text, size);
+    *out = shown.text;
+    *out_size = shown.size;
+    *matched = shown.matched;
+  });
+}
+
+lococo_status lococo_stops_finish(lococo_stops* stops, const char** out, size_t* out_size) {
+  return guarded([&] {
+    require(stops, "stops");
+    require(out, "out");
+    require(out_size, "out_size");
+    const lococo::Stops::Shown shown = stops->impl.finish();
+    *out = shown.text;
+    *out_size = shown.size;
+  });
+}
+
+lococo_status lococo_stops_reset(lococo_stops* stops) {
+  return guarded([&] {
+    require(stops, "stops");
+    stops->impl.reset();
   });
 }

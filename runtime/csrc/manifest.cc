@@ -56,6 +56,7 @@ std::vector<TensorSpec> state_tensors(const Manifest& m) {
                                   {"logits", {1, m.vocab_size}, Dtype::kFloat32}};
   add_kv(list, "past_key_values", m, m.capacity);
   if (m.has_scores) add_scores(list, "past_scores", m, m.capacity);
+  list.push_back({"token_counts", {1, m.vocab_size}, Dtype::kInt32});
   return list;
 }
 
@@ -232,6 +233,11 @@ void read_document(const json::Value& d, Manifest& m) {
          " that wrote it",
          kSchemaVersion, version.text.c_str());
   }
+  const json::Value& state = d.at("state");
+  if (state.at("schema_version").as_int(0, kMaxInt32) != kStateSchemaVersion) {
+    fail(LOCOCO_ERROR_VERSION, "state.schema_version: expected %d, got %s; export the bundle again",
+         kStateSchemaVersion, state.at("schema_version").text.c_str());
+  }
   m.dtype_text = d.at("dtype").as_string();
   m.dtype = dtype_from(m.dtype_text);
   if (dtype_bytes(m.dtype) > 4 || m.dtype == Dtype::kInt32) {
@@ -250,16 +256,12 @@ void read_document(const json::Value& d, Manifest& m) {
     fail(LOCOCO_ERROR_CORRUPT, "bundle_id: expected %s, got %.80s; the manifest was edited, export the bundle again",
          m.bundle_id.c_str(), d.at("bundle_id").text.c_str());
   }
-  const json::Value& state = d.at("state");
-  if (state.at("schema_version").as_int(0, kMaxInt32) != kStateSchemaVersion) {
-    fail(LOCOCO_ERROR_VERSION, "state.schema_version: expected %d, got %s", kStateSchemaVersion,
-         state.at("schema_version").text.c_str());
-  }
   m.state = state_tensors(m);
   check_tensors(state.at("tensors"), m.state);
   m.state_bytes = 0;
   for (const TensorSpec& t : m.state) m.state_bytes += t.nbytes();  // at most 12291 of 2^48: no overflow
   (void)state.at("nbytes").as_int(static_cast<int64_t>(m.state_bytes), static_cast<int64_t>(m.state_bytes));
+  m.state.pop_back();  // token_counts belongs to the session, not to the backend
   read_graphs(d.at("graphs"), m);
 }
 

@@ -10,7 +10,7 @@
 namespace lococo {
 
 constexpr int kSchemaVersion = 1;
-constexpr int kStateSchemaVersion = 1;
+constexpr int kStateSchemaVersion = 2;
 
 enum class Dtype { kFloat32, kFloat16, kBfloat16, kInt32, kInt64 };
 
@@ -61,8 +61,8 @@ struct Manifest {
   int32_t block_size;  // B
   bool has_scores;     // score_decay > 0: scores are state
 
-  std::vector<TensorSpec> state;  // in the order of the state file
-  uint64_t state_bytes;
+  std::vector<TensorSpec> state;  // in the order of the state file, less token_counts, its last
+  uint64_t state_bytes;           // of all of them
   std::vector<GraphSpec> graphs;
   std::vector<FileEntry> files;
   std::vector<int32_t> widths;  // of the decoder graphs, ascending; the first is 1, the last block_size

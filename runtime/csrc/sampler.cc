@@ -1,7 +1,10 @@
 #include "sampler.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "error.h"
@@ -16,24 +19,56 @@ uint64_t mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// The likeliest token, the lowest id on a tie; refuses what cannot come out of a sound model.
-int32_t arg_max(const float* logits, int32_t vocab_size) {
-  int32_t best = 0;
+// Refuses what cannot come out of a sound model.
+void check_logits(const float* logits, int32_t vocab_size) {
+  float highest = -INFINITY;
+  bool nan = false;
   for (int32_t id = 0; id < vocab_size; ++id) {
-    if (std::isnan(logits[id]) || logits[id] == INFINITY) {
-      fail(LOCOCO_ERROR_BACKEND,
-           "logits: expected finite numbers, got %s for token id %d; the weights are damaged or overflow this dtype, "
-           "export with a wider one",
-           std::isnan(logits[id]) ? "NaN" : "infinity", id);
-    }
-    if (logits[id] > logits[best]) best = id;
+    highest = logits[id] > highest ? logits[id] : highest;
+    nan |= std::isnan(logits[id]);
   }
-  if (logits[best] == -INFINITY) {
+  if (nan || highest == INFINITY) {
+    const float* wrong = std::find_if(logits, logits + vocab_size, [](float x) { return !(x < INFINITY); });
+    fail(LOCOCO_ERROR_BACKEND,
+         "logits: expected finite numbers, got %s for token id %d; the weights are damaged or overflow this dtype, "
+         "export with a wider one",
+         std::isnan(*wrong) ? "NaN" : "infinity", static_cast<int32_t>(wrong - logits));
+  }
+  if (highest == -INFINITY) {
     fail(LOCOCO_ERROR_BACKEND,
          "logits: expected finite numbers, got -infinity for all %d tokens; the weights are damaged", vocab_size);
   }
-  return best;
 }
+
+// Sorts by value, then by index.
+uint64_t sort_key(float value, size_t index) {
+  uint32_t bits = 0;
+  value += 0.0f;  // -0 becomes 0
+  std::memcpy(&bits, &value, sizeof bits);
+  bits ^= (bits >> 31) != 0 ? 0xffffffffu : 0x80000000u;
+  return static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(index);
+}
+
+size_t index_of(uint64_t key) { return static_cast<uint32_t>(key); }
+
+void check_number(const char* name, double value, bool ok, const char* expected) {
+  if (!std::isfinite(static_cast<float>(value)) || !ok) {
+    fail(LOCOCO_ERROR_INVALID_ARGUMENT, "%s: expected %s, got %g", name, expected, value);
+  }
+}
+
+void check_ids(const char* name, const int32_t* ids, size_t n, int32_t vocab_size) {
+  if (n > 0 && ids == nullptr) fail(LOCOCO_ERROR_INVALID_ARGUMENT, "%s: expected %zu of them, got NULL", name, n);
+  for (size_t i = 0; i < n; ++i) {
+    if (ids[i] < 0 || ids[i] >= vocab_size) {
+      fail(LOCOCO_ERROR_INVALID_ARGUMENT, "%s[%zu]: expected a token id from 0 to %d, got %d", name, i, vocab_size - 1,
+           ids[i]);
+    }
+  }
+}
+
+bool is_on(double penalty) { return penalty != 0 && penalty != 1; }
+bool is_cut(double p) { return p > 0 && p < 1; }
 
 }  // namespace
 
@@ -43,88 +78,275 @@ double uniform_at(uint64_t seed, uint64_t position) {
   return static_cast<double>(bits >> 11) * 0x1.0p-53;
 }
 
-Sampler::Sampler(int32_t vocab_size)
-    : weights_(static_cast<size_t>(vocab_size)), ids_(static_cast<size_t>(vocab_size)) {}
+void TokenCounts::clear() { std::fill(counts_.begin(), counts_.end(), 0); }
 
-void Sampler::check(const lococo_sampling_params& p) {
+void TokenCounts::read(const int32_t* ids, size_t n, int64_t position) {
+  const bool is_prompt = n > 1 || position == 0;
+  if (is_prompt) {
+    for (int32_t& count : counts_) count = std::min(count, 1);
+  }
+  for (size_t i = 0; i < n; ++i) {
+    int32_t& count = counts_[static_cast<size_t>(ids[i])];
+    if (count == 0) count = 1;
+    if (!is_prompt && count < std::numeric_limits<int32_t>::max()) ++count;
+  }
+}
+
+Sampler::Sampler(int32_t vocab_size)
+    : vocab_size_(vocab_size),
+      ids_(static_cast<size_t>(vocab_size)),
+      scores_(static_cast<size_t>(vocab_size)),
+      weights_(static_cast<size_t>(vocab_size)),
+      order_(static_cast<size_t>(vocab_size)) {}
+
+void Sampler::check(const lococo_sampling_params& p) const {
   if (p.struct_size != sizeof(lococo_sampling_params)) {
     fail(LOCOCO_ERROR_INVALID_ARGUMENT,
          "sampling params: struct_size: expected %zu, got %zu; set it to sizeof(lococo_sampling_params)",
          sizeof(lococo_sampling_params), p.struct_size);
   }
-  if (!std::isfinite(p.temperature) || p.temperature < 0) {
-    fail(LOCOCO_ERROR_INVALID_ARGUMENT, "temperature: expected a finite number of at least 0, got %g",
-         static_cast<double>(p.temperature));
-  }
+  check_number("temperature", p.temperature, p.temperature >= 0, "a finite number of at least 0 (0 is greedy)");
   if (p.top_k < 0) fail(LOCOCO_ERROR_INVALID_ARGUMENT, "top_k: expected at least 0 (0 keeps all), got %d", p.top_k);
-  if (!(p.top_p >= 0 && p.top_p <= 1)) {
-    fail(LOCOCO_ERROR_INVALID_ARGUMENT, "top_p: expected a number from 0 to 1 (0 and 1 keep all), got %g",
-         static_cast<double>(p.top_p));
+  const auto check_share = [](const char* name, double p) {
+    check_number(name, p, p >= 0 && p <= 1, "a number from 0 to 1 (0 and 1 keep all)");
+  };
+  check_share("top_p", p.top_p);
+  check_number("min_p", p.min_p, p.min_p >= 0 && p.min_p <= 1, "a number from 0 to 1 (0 keeps all)");
+  check_share("typical_p", p.typical_p);
+  check_number("repetition_penalty", p.repetition_penalty, p.repetition_penalty >= 0,
+               "a finite number above 0 (0 and 1 change nothing)");
+  check_number("presence_penalty", p.presence_penalty, true, "a finite number");
+  check_number("frequency_penalty", p.frequency_penalty, true, "a finite number");
+  check_ids("logit_bias_ids", p.logit_bias_ids, p.num_logit_bias, vocab_size_);
+  if (p.num_logit_bias > 0 && p.logit_bias_values == nullptr) {
+    fail(LOCOCO_ERROR_INVALID_ARGUMENT, "logit_bias_values: expected %zu of them, got NULL", p.num_logit_bias);
   }
+  for (size_t i = 0; i < p.num_logit_bias; ++i) {
+    if (!std::isfinite(p.logit_bias_values[i])) {
+      fail(LOCOCO_ERROR_INVALID_ARGUMENT, "logit_bias_values[%zu]: expected a finite number, got %g for token id %d", i,
+           static_cast<double>(p.logit_bias_values[i]), p.logit_bias_ids[i]);
+    }
+  }
+  const size_t words = p.allowed_tokens != nullptr ? (static_cast<size_t>(vocab_size_) + 31) / 32 : 0;
+  if (p.num_allowed_words != words) {
+    fail(LOCOCO_ERROR_INVALID_ARGUMENT, "num_allowed_words: expected %zu%s, got %zu", words,
+         words > 0 ? ", one bit for each token of the vocabulary" : " without allowed_tokens", p.num_allowed_words);
+  }
+  check_ids("stop_token_ids", p.stop_token_ids, p.num_stop_token_ids, vocab_size_);
 }
 
-int32_t Sampler::sample(const float* logits, const lococo_sampling_params& params, uint64_t position) {
-  const auto vocab_size = static_cast<int32_t>(weights_.size());
-  const int32_t best = arg_max(logits, vocab_size);
-  if (params.temperature == 0 || params.top_k == 1) return best;
+bool Sampler::is_plain_greedy(const lococo_sampling_params& p) {
+  return p.temperature == 0 && !is_on(p.repetition_penalty) && p.presence_penalty == 0 && p.frequency_penalty == 0 &&
+         p.num_logit_bias == 0 && p.allowed_tokens == nullptr;
+}
 
-  // Candidates are ids_[0..end). Both selections order them likelier first, then lower id.
-  const auto before = [logits](int32_t a, int32_t b) {
-    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
-  };
-  const auto first = ids_.begin();
-  auto end = ids_.end();
-  std::iota(first, end, 0);
-  const bool is_top_k = params.top_k > 0 && params.top_k < vocab_size;
-  const bool is_top_p = params.top_p > 0 && params.top_p < 1;
-  if (is_top_k) {
-    end = first + params.top_k;
-    std::partial_sort(first, end, ids_.end(), before);
+int32_t Sampler::process(const float* logits, const TokenCounts& token_counts, const lococo_sampling_params& p) {
+  check_logits(logits, vocab_size_);
+  const auto n = static_cast<size_t>(vocab_size_);
+  const int32_t* counts = token_counts.data();
+  float* scores = scores_.data();
+  std::copy(logits, logits + n, scores);
+  for (size_t i = 0; i < p.num_logit_bias; ++i) scores[p.logit_bias_ids[i]] += p.logit_bias_values[i];
+  if (is_on(p.repetition_penalty)) {
+    const auto penalty = static_cast<float>(p.repetition_penalty);
+    for (size_t i = 0; i < n; ++i) {
+      if (counts[i] > 0) scores[i] = scores[i] < 0 ? scores[i] * penalty : scores[i] / penalty;
+    }
   }
-
-  double total = 0;
-  for (auto it = first; it != end; ++it) {
-    weights_[*it] = std::exp((static_cast<double>(logits[*it]) - logits[best]) / params.temperature);
-    total += weights_[*it];
-  }
-
-  if (is_top_p) {
-    const double target = params.top_p * total;
-    // Tokens below this weight have less than 1 - top_p together, so none of them is needed to reach top_p.
-    const double floor = (total - target) / static_cast<double>(end - first);
-    end = std::remove_if(first, end, [&](int32_t id) { return weights_[id] < floor; });
-    // Halve the candidates towards the token that makes the sum reach the target: it is the last one kept.
-    double reached = 0;
-    auto begin = first;
-    while (end - begin > 1) {
-      const auto middle = begin + (end - begin) / 2;
-      std::nth_element(begin, middle, end, before);
-      double mass = 0;
-      for (auto it = begin; it != middle; ++it) mass += weights_[*it];
-      if (reached + mass >= target) {
-        end = middle;
-      } else {
-        reached += mass;
-        begin = middle;
+  if (p.frequency_penalty != 0 || p.presence_penalty != 0) {
+    const auto frequency = static_cast<float>(p.frequency_penalty);
+    const auto presence = static_cast<float>(p.presence_penalty);
+    for (size_t i = 0; i < n; ++i) {
+      if (counts[i] > 1) {
+        scores[i] -= frequency * static_cast<float>(counts[i] - 1);
+        scores[i] -= presence;
       }
     }
   }
-
-  // The draw walks the kept tokens in order of id, so that it does not depend on how they were selected.
-  if (is_top_k || is_top_p) {
-    std::sort(first, end);
-    total = 0;
-    for (auto it = first; it != end; ++it) total += weights_[*it];
+  if (p.allowed_tokens != nullptr) {
+    for (size_t i = 0; i < n; ++i) {
+      if ((p.allowed_tokens[i / 32] >> (i % 32) & 1) == 0) scores[i] = -INFINITY;
+    }
   }
-  double left = uniform_at(params.seed, position) * total;
+  const auto best = static_cast<int32_t>(std::max_element(scores, scores + n) - scores);
+  if (scores[best] == -INFINITY) {
+    fail(LOCOCO_ERROR_INVALID_ARGUMENT,
+         "%s: expected to leave at least one token, left none; no token that is allowed has a chance",
+         p.allowed_tokens != nullptr ? "allowed_tokens" : "logit_bias and penalties");
+  }
+  if (!(scores[best] < INFINITY) || std::isnan(scores[best])) {
+    fail(LOCOCO_ERROR_INVALID_ARGUMENT,
+         "logit_bias and penalties: expected logits that stay in the range of float32, got infinity for token id %d",
+         best);
+  }
+  return best;
+}
+
+template <typename F>
+void Sampler::keep_if(F&& kept) {
+  size_t end = 0;
+  for (size_t i = 0; i < size_; ++i) {
+    if (!kept(i)) continue;
+    ids_[end] = ids_[i];
+    scores_[end] = scores_[i];
+    weights_[end] = weights_[i];
+    ++end;
+  }
+  size_ = end;
+}
+
+double Sampler::total() const {
+  return std::accumulate(weights_.begin(), weights_.begin() + static_cast<ptrdiff_t>(size_), 0.0);
+}
+
+// Walks candidates in the order of order_[0..n), adding up probabilities to `reached`: the key of the first at which
+// is_over(sum), or of the last. Halves the range that holds it, which takes linear time.
+template <typename F>
+uint64_t Sampler::find_cut(size_t n, float total, double reached, F&& is_over) {
+  size_t low = 0;
+  size_t high = n - 1;
+  while (low < high) {
+    const size_t middle = low + (high - low) / 2;
+    const auto begin = order_.begin();
+    std::nth_element(begin + static_cast<ptrdiff_t>(low), begin + static_cast<ptrdiff_t>(middle),
+                     begin + static_cast<ptrdiff_t>(high) + 1);
+    double mass = 0;
+    for (size_t i = low; i <= middle; ++i) mass += probability(index_of(order_[i]), total);
+    if (is_over(reached + mass)) {
+      high = middle;
+    } else {
+      reached += mass;
+      low = middle + 1;
+    }
+  }
+  return order_[low];
+}
+
+void Sampler::keep_top_k(int32_t k) {
+  if (static_cast<size_t>(k) >= size_) return;
+  for (size_t i = 0; i < size_; ++i) order_[i] = sort_key(scores_[i], i);
+  const auto last = order_.begin() + static_cast<ptrdiff_t>(size_) - k;  // of the k
+  std::nth_element(order_.begin(), last, order_.begin() + static_cast<ptrdiff_t>(size_));
+  const float lowest = scores_[index_of(*last)];
+  keep_if([&](size_t i) { return scores_[i] >= lowest; });
+}
+
+// Dropped are the least likely, lower ids first where they tie, while their probabilities add up to 1 - top_p or less.
+void Sampler::keep_top_p(double top_p) {
+  const auto limit = static_cast<float>(1 - top_p);
+  const auto sum = static_cast<float>(total());
+  const float floor = limit / static_cast<float>(size_);  // those below have less than `limit` together
+  double reached = 0;
+  size_t n = 0;
+  for (size_t i = 0; i < size_; ++i) {
+    if (probability(i, sum) < floor) {
+      reached += probability(i, sum);
+    } else {
+      order_[n++] = sort_key(scores_[i], i);
+    }
+  }
+  const uint64_t cut = find_cut(n, sum, reached, [limit](double mass) { return static_cast<float>(mass) > limit; });
+  keep_if([&](size_t i) { return sort_key(scores_[i], i) >= cut; });
+}
+
+void Sampler::keep_min_p(double min_p) {
+  const auto sum = static_cast<float>(total());
+  const float lowest = static_cast<float>(min_p) * (1 / sum);  // the likeliest weighs 1
+  keep_if([&](size_t i) { return probability(i, sum) >= lowest; });
+}
+
+// Kept are those whose surprise is nearest to the entropy, while their probabilities add up to less than typical_p,
+// and one more; arXiv 2202.00666, section 4.
+void Sampler::keep_typical(double typical_p) {
+  const double exact_sum = total();
+  const auto sum = static_cast<float>(exact_sum);
+  const double log_sum = std::log(exact_sum);
+  const float highest = *std::max_element(scores_.begin(), scores_.begin() + static_cast<ptrdiff_t>(size_));
+  const auto surprise = [&](size_t i) {
+    return static_cast<float>(log_sum - static_cast<double>(scores_[i] - highest));
+  };
+  double entropy = 0;
+  for (size_t i = 0; i < size_; ++i) {
+    if (weights_[i] > 0) entropy += static_cast<double>(surprise(i)) * probability(i, sum);
+  }
+  const auto distance = [&](size_t i) { return std::abs(surprise(i) - static_cast<float>(entropy)); };
+  for (size_t i = 0; i < size_; ++i) order_[i] = sort_key(distance(i), i);
+  const auto share = static_cast<float>(typical_p);
+  const uint64_t cut = find_cut(size_, sum, 0, [share](double mass) { return static_cast<float>(mass) >= share; });
+  const float farthest = distance(index_of(cut));
+  keep_if([&](size_t i) { return distance(i) <= farthest; });
+}
+
+void Sampler::warp(const lococo_sampling_params& p, int32_t best) {
+  // A temperature below float32 is its least; where a quotient would overflow, the highest score is moved to 0 first.
+  const float temperature = std::max(static_cast<float>(p.temperature), FLT_MIN);
+  const float highest_score = scores_[static_cast<size_t>(best)];
+  const float shift = std::isfinite(highest_score / temperature) ? 0 : highest_score;
+  const float highest = (highest_score - shift) / temperature;
+  size_ = 0;
+  for (size_t id = 0; id < scores_.size(); ++id) {
+    if (scores_[id] == -INFINITY) continue;
+    ids_[size_] = static_cast<int32_t>(id);
+    scores_[size_] = (scores_[id] - shift) / temperature;
+    ++size_;
+  }
+  if (p.top_k > 0) keep_top_k(p.top_k);
+  for (size_t i = 0; i < size_; ++i) weights_[i] = std::exp(static_cast<double>(scores_[i] - highest));
+  if (is_cut(p.top_p)) keep_top_p(p.top_p);
+  if (p.min_p > 0) keep_min_p(p.min_p);
+  if (is_cut(p.typical_p)) keep_typical(p.typical_p);
+}
+
+int32_t Sampler::sample(const float* logits, const TokenCounts& counts, const lococo_sampling_params& params,
+                        uint64_t position) {
+  const int32_t best = process(logits, counts, params);
+  if (params.temperature == 0) return best;
+  warp(params, best);
+  double left = uniform_at(params.seed, position) * total();
   int32_t chosen = best;
-  for (auto it = first; it != end; ++it) {
-    if (weights_[*it] == 0) continue;
-    chosen = *it;  // the last one stands where rounding leaves a remainder
-    left -= weights_[*it];
+  for (size_t i = 0; i < size_; ++i) {
+    if (weights_[i] == 0) continue;
+    chosen = ids_[i];  // the last one stands where rounding leaves a remainder
+    left -= weights_[i];
     if (left < 0) break;
   }
   return chosen;
+}
+
+void Sampler::distribution(const float* logits, const TokenCounts& counts, const lococo_sampling_params& params,
+                           float* probabilities) {
+  const int32_t best = process(logits, counts, params);
+  std::fill(probabilities, probabilities + vocab_size_, 0.0f);
+  if (params.temperature == 0) {
+    probabilities[best] = 1;
+    return;
+  }
+  warp(params, best);
+  const double sum = total();
+  for (size_t i = 0; i < size_; ++i) probabilities[ids_[i]] = static_cast<float>(weights_[i] / sum);
+}
+
+void Sampler::logprobs(const float* logits, int32_t id, int32_t n, float* logprob, int32_t* top_ids,
+                       float* top_logprobs) {
+  check_ids("id", &id, 1, vocab_size_);
+  if (n < 0 || n > vocab_size_) {
+    fail(LOCOCO_ERROR_INVALID_ARGUMENT, "n: expected 0 to %d, the size of the vocabulary, got %d", vocab_size_, n);
+  }
+  check_logits(logits, vocab_size_);
+  const auto size = static_cast<size_t>(vocab_size_);
+  const double highest = *std::max_element(logits, logits + size);
+  double sum = 0;
+  for (size_t i = 0; i < size; ++i) sum += std::exp(logits[i] - highest);
+  const double log_sum = highest + std::log(sum);
+  *logprob = static_cast<float>(logits[id] - log_sum);
+  if (n == 0) return;
+  for (size_t i = 0; i < size; ++i) order_[i] = ~sort_key(logits[i], ~static_cast<uint32_t>(i));
+  std::nth_element(order_.begin(), order_.begin() + n - 1, order_.end());
+  std::sort(order_.begin(), order_.begin() + n);
+  for (int32_t i = 0; i < n; ++i) {
+    top_ids[i] = static_cast<int32_t>(index_of(order_[static_cast<size_t>(i)]));
+    top_logprobs[i] = static_cast<float>(logits[top_ids[i]] - log_sum);
+  }
 }
 
 }  // namespace lococo

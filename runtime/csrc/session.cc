@@ -30,7 +30,8 @@ void clear_stale_columns(const Manifest& m, uint8_t* payload, int64_t length) {
 }  // namespace
 
 uint64_t Model::session_bytes() const {
-  return sizeof(Session) + backend->executor_bytes() + Sampler::nbytes(manifest.vocab_size);
+  return sizeof(Session) + backend->executor_bytes() + Sampler::nbytes(manifest.vocab_size) +
+         TokenCounts::nbytes(manifest.vocab_size);
 }
 
 Session::Session(std::shared_ptr<Model> model)
@@ -39,10 +40,12 @@ Session::Session(std::shared_ptr<Model> model)
       cadence_(m_.mem_size, m_.capacity, model_->backend->widths()),
       executor_(model_->backend->create_executor()),
       sampler_(m_.vocab_size),
+      token_counts_(m_.vocab_size),
       window_(static_cast<size_t>(executor_->window())) {}
 
 void Session::reset() {
   executor_->reset();
+  token_counts_.clear();
   position_ = 0;
   length_ = 0;
   clear_counters();
@@ -51,6 +54,7 @@ void Session::reset() {
 
 void Session::copy_from(Session& other) {
   executor_->copy_from(*other.executor_);
+  token_counts_ = other.token_counts_;
   position_ = other.position_;
   length_ = other.length_;
   clear_counters();
@@ -74,6 +78,7 @@ void Session::check_readable(const int32_t* ids, size_t n) const {
 
 void Session::read_tokens(const int32_t* ids, size_t n, float* all_logits) {
   dead = true;  // until all is well: an exception half-way leaves a state that is neither the old one nor the new one
+  token_counts_.read(ids, n, position_);
   while (n > 0) {
     const Forward f = cadence_.next(length_, n);
     executor_->forward(f, ids, position_, length_, all_logits);
@@ -103,6 +108,7 @@ bool Session::read_window(F&& accept) {
   const bool whole = accepted == window_.size();
   executor_->end_window(whole);
   if (whole) {
+    for (const int32_t& id : window_) token_counts_.read(&id, 1, position_);
     position_ += static_cast<int64_t>(window_.size());
     steps_ += static_cast<int64_t>(window_.size());
     ++fusions_;
@@ -139,8 +145,17 @@ const float* Session::logits() {
 }
 
 int32_t Session::sample(const lococo_sampling_params& params) {
-  Sampler::check(params);
-  return sampler_.sample(logits(), params, static_cast<uint64_t>(position_));
+  sampler_.check(params);
+  return sampler_.sample(logits(), token_counts_, params, static_cast<uint64_t>(position_));
+}
+
+void Session::distribution(const lococo_sampling_params& params, float* probabilities) {
+  sampler_.check(params);
+  sampler_.distribution(logits(), token_counts_, params, probabilities);
+}
+
+void Session::logprobs(int32_t id, int32_t n, float* logprob, int32_t* top_ids, float* top_logprobs) {
+  sampler_.logprobs(logits(), id, n, logprob, top_ids, top_logprobs);
 }
 
 int32_t Session::generate(const lococo_sampling_params& params, int32_t max_tokens, lococo_token_fn on_token,
@@ -150,15 +165,19 @@ int32_t Session::generate(const lococo_sampling_params& params, int32_t max_toke
     fail(LOCOCO_ERROR_INVALID_ARGUMENT, "max_tokens: expected at most %lld at position %lld, got %d; reset the session",
          static_cast<long long>(kMaxPosition - position_), static_cast<long long>(position_), max_tokens);
   }
-  Sampler::check(params);
+  sampler_.check(params);
   check_not_empty();
-  const bool greedy = params.temperature == 0 || params.top_k == 1;
+  const bool greedy = Sampler::is_plain_greedy(params);
+  const int32_t* stops = params.stop_token_ids;
+  const int32_t* stops_end = stops + params.num_stop_token_ids;
   int32_t count = 0;
   const auto accept = [&](int32_t id) {  // false: the last one, which is not read
     ++count;
     const bool stop = on_token != nullptr && on_token(id, user) != 0;
     const auto& eos = m_.eos_token_ids;
-    return !stop && count < max_tokens && std::find(eos.begin(), eos.end(), id) == eos.end();
+    const bool ends = (params.ignore_eos == 0 && std::find(eos.begin(), eos.end(), id) != eos.end()) ||
+                      std::find(stops, stops_end, id) != stops_end;
+    return !stop && !ends && count < max_tokens;
   };
   while (count < max_tokens) {
     const auto window = static_cast<int32_t>(window_.size());
@@ -168,9 +187,9 @@ int32_t Session::generate(const lococo_sampling_params& params, int32_t max_toke
     }
     int32_t id = 0;
     try {
-      id = sampler_.sample(executor_->logits(), params, static_cast<uint64_t>(position_));
-    } catch (const Error&) {
-      dead = true;
+      id = sampler_.sample(executor_->logits(), token_counts_, params, static_cast<uint64_t>(position_));
+    } catch (const Error& e) {
+      dead = e.status() == LOCOCO_ERROR_BACKEND;
       throw;
     }
     if (!accept(id)) break;
@@ -189,6 +208,7 @@ void Session::state_get(uint8_t* buffer) {
   store_int64(payload + 8, length_);
   executor_->read_state(payload + 16);
   clear_stale_columns(m_, payload, length_);
+  std::memcpy(payload + m_.state_bytes - token_counts_.nbytes(), token_counts_.data(), token_counts_.nbytes());
   seal_state(m_, buffer);
 }
 
@@ -201,6 +221,7 @@ void Session::state_set(const uint8_t* buffer, size_t size) {
 void Session::adopt(const uint8_t* payload) {
   executor_->reset();
   executor_->write_state(payload + 16);
+  std::memcpy(token_counts_.data(), payload + m_.state_bytes - token_counts_.nbytes(), token_counts_.nbytes());
   position_ = load_int64(payload);
   length_ = static_cast<int32_t>(load_int64(payload + 8));
   clear_counters();

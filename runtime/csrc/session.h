@@ -34,6 +34,8 @@ class Session {
   void step(int32_t id);
   const float* logits();  // (vocab_size)
   int32_t sample(const lococo_sampling_params& params);
+  void distribution(const lococo_sampling_params& params, float* probabilities);                // (vocab_size)
+  void logprobs(int32_t id, int32_t n, float* logprob, int32_t* top_ids, float* top_logprobs);  // (n)
   // Returns the number of tokens generated.
   int32_t generate(const lococo_sampling_params& params, int32_t max_tokens, lococo_token_fn on_token, void* user);
 
@@ -68,6 +70,7 @@ class Session {
   Cadence cadence_;
   std::unique_ptr<Executor> executor_;
   Sampler sampler_;
+  TokenCounts token_counts_;     // state, as K and V are
   std::vector<int32_t> window_;  // tokens of a window, empty if the backend offers none
   int64_t position_ = 0;         // P: tokens read
   int32_t length_ = 0;           // L: live slots

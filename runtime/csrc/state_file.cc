@@ -104,6 +104,12 @@ void check_state(const Manifest& m, const uint8_t* state) {
          static_cast<long long>(position), static_cast<long long>(lowest), static_cast<long long>(highest),
          static_cast<long long>(length));
   }
+  const uint8_t* counts = state + kStateHeaderBytes + m.state_bytes - static_cast<size_t>(m.vocab_size) * 4;
+  for (int32_t id = 0; id < m.vocab_size; ++id) {
+    if (const auto count = load<int32_t>(counts + static_cast<size_t>(id) * 4); count < 0) {
+      fail(LOCOCO_ERROR_CORRUPT, "state: token_counts: expected at least 0, got %d for token id %d", count, id);
+    }
+  }
 }
 
 }  // namespace lococo

@@ -43,6 +43,7 @@ extern "C" {
 
 typedef struct lococo_model lococo_model;     /* an opened bundle: weights and graphs, shared by its sessions */
 typedef struct lococo_session lococo_session; /* one sequence: slots, cursor, last logits */
+typedef struct lococo_stops lococo_stops;     /* stop strings, and the text that may become one of them */
 
 /* What a call came to; lococo_last_error() has the text. */
 typedef enum lococo_status {
@@ -90,13 +91,38 @@ typedef struct lococo_model_info {
   const char* dtype;      /* "float32", "float16", "bfloat16" */
 } lococo_model_info;
 
-/* Zero-initialise, set struct_size, then what you need: all zero is greedy decoding. */
+/* How a token is chosen. Zero-initialise, set struct_size, then what you need: all zero is greedy decoding.
+ *
+ * Applied in this order, transformers' own; every probability is of what the steps before have left:
+ *   logit_bias, repetition_penalty, frequency_penalty, presence_penalty, allowed_tokens, temperature, top_k, top_p,
+ *   min_p, typical_p.
+ * Greedy decoding (temperature 0) takes the largest logit after allowed_tokens, the lowest id on a tie.
+ *
+ * What the penalties see is part of the session's state, for every id whether it was read and how often it was read
+ * since generation began, so that saving, loading, cloning and stepping change nothing:
+ *   repetition_penalty    every token read since the session was created or reset, prompts included;
+ *   frequency_penalty and presence_penalty    the generated tokens: those read one at a time (step, generate, a prefill
+ *                         of one) since the last prompt. A prompt is a prefill of more than one token, or the first
+ *                         token of a session; the counts begin anew behind it. */
 typedef struct lococo_sampling_params {
-  size_t struct_size; /* sizeof(lococo_sampling_params) */
-  float temperature;  /* 0 = greedy (arg max, lowest id on a tie) */
-  int32_t top_k;      /* keep the k likeliest; 0 = all */
-  float top_p;        /* then keep the likeliest until their probability reaches top_p; 0 or 1 = all */
-  uint64_t seed;      /* a draw depends on the logits, the seed and the absolute position alone */
+  size_t struct_size;        /* sizeof(lococo_sampling_params) */
+  double temperature;        /* logits are divided by it; 0 = greedy */
+  int32_t top_k;             /* keep the k likeliest and all that tie with the last of them; 0 = all */
+  double top_p;              /* keep the likeliest that together reach top_p; 0 or 1 = all */
+  uint64_t seed;             /* a draw depends on the probabilities, the seed and the absolute position alone */
+  double min_p;              /* drop what is less likely than min_p times the likeliest; 0 = none */
+  double typical_p;          /* keep the most typical (arXiv 2202.00666) that together reach typical_p; 0 or 1 = all */
+  double repetition_penalty; /* of tokens read: positive logits are divided by it, others multiplied; 0 or 1 = off */
+  double presence_penalty;   /* subtracted from the logits of generated tokens */
+  double frequency_penalty;  /* subtracted from the logits of generated tokens, times how often each was generated */
+  const int32_t* logit_bias_ids;  /* (num_logit_bias) */
+  const float* logit_bias_values; /* (num_logit_bias): added to these logits; ids that repeat add up */
+  size_t num_logit_bias;          /* ids in the two arrays above */
+  const uint32_t* allowed_tokens; /* NULL = all; or a mask: id is allowed if bit id % 32 of word id / 32 is set */
+  size_t num_allowed_words;       /* (vocab_size + 31) / 32 with a mask */
+  const int32_t* stop_token_ids;  /* (num_stop_token_ids): generate ends after one, beside the end-of-sequence ids */
+  size_t num_stop_token_ids;      /* ids in the array above */
+  int32_t ignore_eos;             /* 1 = generate does not end after an end-of-sequence token */
 } lococo_sampling_params;
 
 /* How bad a log line is. */
@@ -153,8 +179,18 @@ LOCOCO_API lococo_status lococo_session_logits(lococo_session* session, const fl
 /* Chooses a token from the current logits; changes nothing. params NULL = greedy. */
 LOCOCO_API lococo_status lococo_session_sample(lococo_session* session, const lococo_sampling_params* params,
                                                int32_t* id);
-/* Samples and steps until max_tokens tokens, an end-of-sequence token, or a non-zero return of on_token (may be NULL).
- * The last token sampled has not been read yet: step it or prefill it with the next text. num_generated may be NULL. */
+/* What sample draws from: probabilities: room for (vocab_size) floats, which sum to 1. Greedy: 1 at one id. */
+LOCOCO_API lococo_status lococo_session_distribution(lococo_session* session, const lococo_sampling_params* params,
+                                                     float* probabilities);
+/* Natural logarithms of the model's own probabilities, the softmax of the current logits before any parameter: of `id`,
+ * and of the n likeliest ids, likeliest first, the lower id on a tie. Call it between sample and step.
+ * top_ids, top_logprobs: room for n each, NULL if n is 0. */
+LOCOCO_API lococo_status lococo_session_logprobs(lococo_session* session, int32_t id, int32_t n, float* logprob,
+                                                 int32_t* top_ids, float* top_logprobs);
+/* Samples and steps until max_tokens tokens, an end-of-sequence or stop token, or a non-zero return of on_token (may be
+ * NULL). The last token sampled has not been read yet: step it or prefill it with the next text. allowed_tokens stays
+ * the same for all of them; a grammar, whose mask changes with every token, samples and steps. num_generated may be
+ * NULL. */
 LOCOCO_API lococo_status lococo_session_generate(lococo_session* session, const lococo_sampling_params* params,
                                                  int32_t max_tokens, lococo_token_fn on_token, void* user,
                                                  int32_t* num_generated);
@@ -165,6 +201,29 @@ LOCOCO_API lococo_status lococo_session_live_slots(lococo_session* session, int3
 /* Forwards of one token and of more, and fusions, since create, reset or load. Any pointer may be NULL. */
 LOCOCO_API lococo_status lococo_session_counters(lococo_session* session, int64_t* steps, int64_t* blocks,
                                                  int64_t* fusions);
+
+/* --- stop strings ------------------------------------------------------------------------------------------------ */
+
+/* Ends a text at the first of some strings, however the text is cut into pieces. Texts are compared byte by byte.
+ * What could still become a stop string is held back until that is decided, and nothing else is. */
+
+#define LOCOCO_MAX_STOPS 64        /* strings of one list */
+#define LOCOCO_MAX_STOP_BYTES 1024 /* bytes of one string */
+
+/* strings: (n) NUL-terminated UTF-8, none of them empty. */
+LOCOCO_API lococo_status lococo_stops_create(const char* const* strings, size_t n, lococo_stops** out);
+/* Frees the strings and the text. */
+LOCOCO_API void lococo_stops_destroy(lococo_stops* stops);
+/* Takes the next piece of the text and gives what may be shown now: out (out_size bytes, not NUL-terminated, valid
+ * until the next call on stops). matched: the index of the stop string that is complete now, or -1. The one that is
+ * complete first ends the text, of several that end together the longest; nothing of it or after it comes out. Refused
+ * after a match until reset. */
+LOCOCO_API lococo_status lococo_stops_push(lococo_stops* stops, const char* text, size_t size, const char** out,
+                                           size_t* out_size, int32_t* matched);
+/* The text ends without a match: gives what was held back, and begins anew. */
+LOCOCO_API lococo_status lococo_stops_finish(lococo_stops* stops, const char** out, size_t* out_size);
+/* Forgets the text; the strings stay. */
+LOCOCO_API lococo_status lococo_stops_reset(lococo_stops* stops);
 
 /* --- state: constant size, at any position ------------------------------------------------------------------------ */
 

@@ -29,7 +29,8 @@ from ._exceptions import (
 )
 from .bundle import LococoConfig, Manifest, read_manifest
 from .llm import LLM, CompletionOutput
-from .session import Model, SamplingParams, Session
+from .sampling import SamplingParams, StopMatcher, TokenLogprobs
+from .session import Model, Session
 
 __all__ = [
     "LLM",
@@ -54,9 +55,11 @@ __all__ = [
     "SamplingParams",
     "Session",
     "StateMismatchError",
+    "StopMatcher",
     "StorageError",
     "TargetExistsError",
     "TokenIdError",
+    "TokenLogprobs",
     "UnsupportedError",
     "UnsupportedModelError",
     "VerificationError",

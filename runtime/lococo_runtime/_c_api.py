@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import sys
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,23 @@ class CSamplingParams(ctypes.Structure):
 
     _fields_ = (
         ("struct_size", c_size_t),
-        ("temperature", c_float),
+        ("temperature", c_double),
         ("top_k", c_int32),
-        ("top_p", c_float),
+        ("top_p", c_double),
         ("seed", c_uint64),
+        ("min_p", c_double),
+        ("typical_p", c_double),
+        ("repetition_penalty", c_double),
+        ("presence_penalty", c_double),
+        ("frequency_penalty", c_double),
+        ("logit_bias_ids", POINTER(c_int32)),
+        ("logit_bias_values", POINTER(c_float)),
+        ("num_logit_bias", c_size_t),
+        ("allowed_tokens", POINTER(c_uint32)),
+        ("num_allowed_words", c_size_t),
+        ("stop_token_ids", POINTER(c_int32)),
+        ("num_stop_token_ids", c_size_t),
+        ("ignore_eos", c_int32),
     )
 
 
@@ -99,6 +112,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lococo_session_step": (c_int, (c_void_p, c_int32)),
     "lococo_session_logits": (c_int, (c_void_p, POINTER(_FLOATS))),
     "lococo_session_sample": (c_int, (c_void_p, POINTER(CSamplingParams), _IDS)),
+    "lococo_session_distribution": (c_int, (c_void_p, POINTER(CSamplingParams), _FLOATS)),
+    "lococo_session_logprobs": (c_int, (c_void_p, c_int32, c_int32, _FLOATS, _IDS, _FLOATS)),
     "lococo_session_generate": (
         c_int,
         (c_void_p, POINTER(CSamplingParams), c_int32, TokenFn, c_void_p, POINTER(c_int32)),
@@ -111,6 +126,11 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lococo_session_state_set": (c_int, (c_void_p, c_void_p, c_size_t)),
     "lococo_session_save": (c_int, (c_void_p, c_char_p)),
     "lococo_session_load": (c_int, (c_void_p, c_char_p)),
+    "lococo_stops_create": (c_int, (POINTER(c_char_p), c_size_t, POINTER(c_void_p))),
+    "lococo_stops_destroy": (None, (c_void_p,)),
+    "lococo_stops_push": (c_int, (c_void_p, c_char_p, c_size_t, POINTER(c_void_p), POINTER(c_size_t), _IDS)),
+    "lococo_stops_finish": (c_int, (c_void_p, POINTER(c_void_p), POINTER(c_size_t))),
+    "lococo_stops_reset": (c_int, (c_void_p,)),
 }
 
 

@@ -38,7 +38,7 @@ MANIFEST_NAME = "lococo.json"
 WEIGHTS_NAME = "model.onnx.data"
 FORMAT_NAME = "lococo-bundle"
 SCHEMA_VERSION = 1
-STATE_SCHEMA_VERSION = 1
+STATE_SCHEMA_VERSION = 2
 
 POLICIES = ("lococo", "h2o")
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "tanh")
@@ -310,11 +310,14 @@ class Manifest:
             raise CorruptError(f"{source}: not valid JSON: {e}; export the bundle again") from e
         if not isinstance(d, dict) or d.get("format") != FORMAT_NAME:
             raise CorruptError(f'{source}: expected "format": "{FORMAT_NAME}"; this is not a bundle manifest')
-        if d.get("schema_version") != SCHEMA_VERSION:
-            raise VersionError(
-                f"{source}: schema_version: expected {SCHEMA_VERSION}, got {d.get('schema_version')!r};"
-                " export the bundle again with this release, or install the release that wrote it"
-            )
+        state = d.get("state")
+        for name, holder, expected in (("", d, SCHEMA_VERSION), ("state.", state, STATE_SCHEMA_VERSION)):
+            found = holder.get("schema_version") if isinstance(holder, dict) else None
+            if found != expected:
+                raise VersionError(
+                    f"{source}: {name}schema_version: expected {expected}, got {found!r};"
+                    " export the bundle again with this release, or install the release that wrote it"
+                )
         try:
             manifest = cls(
                 producer=d["producer"],
@@ -383,6 +386,7 @@ def state_tensors(model: ModelGeometry, cache: LococoConfig, dtype: str, batch: 
 
     `position` counts the tokens read, `past_length` the live slots; `logits` are those after the last token. Scores are
     state only where they accumulate (score_decay > 0): otherwise they are used at once, if a fusion follows, or never.
+    `token_counts` is what sampling penalties see: 0 for a token never read, else 1 + its count since generation began.
     """
     tensors = [
         TensorSpec("position", (batch,), "int64"),
@@ -392,7 +396,7 @@ def state_tensors(model: ModelGeometry, cache: LococoConfig, dtype: str, batch: 
     ]
     if cache.score_decay > 0:
         tensors += score_tensors("past_scores", model, batch, cache.capacity)
-    return tuple(tensors)
+    return (*tensors, TensorSpec("token_counts", (batch, model.vocab_size), "int32"))
 
 
 def forward_widths(block_size: int) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from ._exceptions import InvalidArgumentError, LococoError, NotFoundError
 from .bundle import Manifest, read_manifest
 from .llm import load_tokenizer, stream_text
-from .session import Model, SamplingParams, Session
+from .sampling import SamplingParams
+from .session import Model, Session
 
 
 def guarded(main: Callable[[], int]) -> int:

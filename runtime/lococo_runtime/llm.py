@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._exceptions import EmptyPromptError, NotFoundError
-from .session import Model, SamplingParams, Session
+from .sampling import SamplingParams
+from .session import Model, Session
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -7,7 +7,6 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -17,44 +16,11 @@ import numpy.typing as npt
 from . import _c_api as c
 from ._exceptions import ClosedError, DeadSessionError, EmptyPromptError, InvalidArgumentError, TokenIdError
 from .bundle import Manifest, read_manifest
+from .sampling import SamplingParams, TokenLogprobs
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen. All defaults: greedy.
-
-    temperature 0 is greedy; top_k 0 and top_p 1 keep every token; the same seed gives the same tokens, because a draw
-    depends on the logits, the seed and the absolute position alone.
-
-    Raises:
-        InvalidArgumentError: max_tokens below 0, and by the C core: temperature, top_k or top_p out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    max_tokens: int = 128
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("top_k", "seed", "max_tokens"):
-            if not isinstance(getattr(self, name), int):
-                raise InvalidArgumentError(f"{name}: expected an integer, got {getattr(self, name)!r}")
-        if not 0 <= self.max_tokens < 2**31:
-            raise InvalidArgumentError(f"max_tokens: expected 0 to 2^31-1, got {self.max_tokens}")
-        if not 0 <= self.seed < 2**64:
-            raise InvalidArgumentError(f"seed: expected 0 to 2^64-1, got {self.seed}")
-        if not -(2**31) <= self.top_k < 2**31:
-            raise InvalidArgumentError(f"top_k: expected 0 to 2^31-1, got {self.top_k}")
-
-    def to_c(self) -> c.CSamplingParams:
-        """The C struct."""
-        return c.CSamplingParams(ctypes.sizeof(c.CSamplingParams), self.temperature, self.top_k, self.top_p, self.seed)
-
+TokenMask = npt.NDArray[np.uint32] | npt.NDArray[np.int32]
 
 _T = TypeVar("_T", bound="_Handle")
 
@@ -203,57 +169,130 @@ class Session(_Handle):
         c.call("lococo_session_logits", self._open(), ctypes.byref(pointer))
         return np.array(np.ctypeslib.as_array(pointer, (self.model.vocab_size,)), np.float32)
 
-    def sample(self, params: SamplingParams | None = None) -> int:
-        """Chooses a token from the current logits; reads nothing."""
+    def sample(self, params: SamplingParams | None = None, allowed_tokens: TokenMask | None = None) -> int:
+        """Chooses a token from the current logits; reads nothing.
+
+        Args:
+            params: as they are, but for max_tokens and what ends a text, which no single token needs.
+            allowed_tokens: a mask of shape (ceil(V / 32)), bit id % 32 of word id // 32 set where a token is allowed,
+                as llguidance and xgrammar make them; None allows all.
+
+        Raises:
+            InvalidArgumentError: a parameter out of range, a mask of another size, or no token left.
+        """
         token = ctypes.c_int32()
-        native = (params or SamplingParams()).to_c()
+        native = self._native(params, allowed_tokens)
         c.call("lococo_session_sample", self._open(), ctypes.byref(native), ctypes.byref(token))
         return token.value
 
-    def generate(self, ids: TokenIds, params: SamplingParams | None = None) -> Iterator[int]:
-        """Reads `ids` (may be empty to go on), then yields sampled token ids until max_tokens or end of sequence.
+    def distribution(self, params: SamplingParams | None = None, allowed_tokens: TokenMask | None = None) -> Logits:
+        """The probabilities that `sample` draws from, float32 (V); 1 at one token if greedy. Raises as `sample`."""
+        out = np.empty(self.model.vocab_size, np.float32)
+        native = self._native(params, allowed_tokens)
+        pointer = out.ctypes.data_as(c._FLOATS)
+        c.call("lococo_session_distribution", self._open(), ctypes.byref(native), pointer)
+        return out
 
-        The end-of-sequence token is yielded too. The last token yielded has not been read into the cache: pass it at
-        the head of the next `ids`.
+    def logprobs(self, token_id: int, top: int = 0) -> TokenLogprobs:
+        """Log-probabilities of `token_id` and of the `top` likeliest tokens, after the last token read.
+
+        They are the model's own, the log-softmax of the logits before any sampling parameter, as in OpenAI's API.
+
+        Raises:
+            TokenIdError: token_id outside the vocabulary.
+            InvalidArgumentError: top out of range, or an empty session.
         """
-        params = params or SamplingParams()
+        if not 0 <= top <= self.model.vocab_size:
+            raise InvalidArgumentError(f"logprobs: expected 0 to {self.model.vocab_size}, got {top}")
+        logprob = ctypes.c_float()
+        ids, values = (ctypes.c_int32 * top)(), (ctypes.c_float * top)()
+        token = int(self._ids([token_id])[0])
+        c.call("lococo_session_logprobs", self._open(), token, top, ctypes.byref(logprob), ids, values)
+        return TokenLogprobs(token, logprob.value, dict(zip(ids, values, strict=True)))
+
+    def generate(
+        self, ids: TokenIds, params: SamplingParams | None = None, *, logprobs: list[TokenLogprobs] | None = None
+    ) -> Iterator[int]:
+        """Reads `ids` (may be empty to go on), then yields sampled token ids until one of the ends below.
+
+        It ends after max_tokens tokens, an end-of-sequence token (unless ignore_eos) or a stop token, which are yielded
+        too. The last token yielded has not been read into the cache: pass it at the head of the next `ids`.
+
+        Args:
+            ids: tokens to read first.
+            params: without `stop`, which needs text.
+            logprobs: with params.logprobs, receives an entry for every token just before that is yielded.
+
+        Raises:
+            InvalidArgumentError: params.stop is set, or only one of params.logprobs and logprobs is.
+            see `prefill` and `sample`.
+        """
+        params = self._for_tokens(params, logprobs)
         if len(ids):
             self.prefill(ids)
-        return self._generate(params)
+        return self._generate(params, logprobs)
 
-    def _generate(self, params: SamplingParams) -> Iterator[int]:
-        stop = () if params.ignore_eos else self.model.manifest.model.eos_token_ids
+    def _generate(self, params: SamplingParams, logprobs: list[TokenLogprobs] | None) -> Iterator[int]:
+        native = self._native(params)
+        token = ctypes.c_int32()
+        ends = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends.update(self.model.manifest.model.eos_token_ids)
         for i in range(params.max_tokens):
-            token = self.sample(params)
-            yield token
-            if token in stop:
+            c.call("lococo_session_sample", self._open(), ctypes.byref(native), ctypes.byref(token))
+            if logprobs is not None:
+                logprobs.append(self.logprobs(token.value, params.logprobs or 0))
+            last = token.value
+            yield last
+            if last in ends:
                 return
             if i + 1 < params.max_tokens:
-                c.call("lococo_session_step", self._open(), token)
+                c.call("lococo_session_step", self._open(), last)
 
-    def generate_all(self, ids: TokenIds, params: SamplingParams | None = None) -> list[int]:
-        """The tokens of `generate` at once, in one call of the C library.
+    def generate_all(
+        self, ids: TokenIds, params: SamplingParams | None = None, *, logprobs: list[TokenLogprobs] | None = None
+    ) -> list[int]:
+        """The tokens of `generate` at once, in one call of the C library unless logprobs are asked for.
 
         Greedy decoding on a GPU then runs whole windows of steps, from one fusion to the next, as one launch.
         """
-        params = params or SamplingParams()
+        params = self._for_tokens(params, logprobs)
         if len(ids):
             self.prefill(ids)
+        if logprobs is not None:
+            return list(self._generate(params, logprobs))
         tokens: list[int] = []
-        native = params.to_c()
+        native = self._native(params)
 
         def collect(token: int, _: object) -> int:
             tokens.append(token)
             return 0  # go on
 
         on_token = c.TokenFn(collect)
-        while len(tokens) < params.max_tokens:
-            left = params.max_tokens - len(tokens)
-            c.call("lococo_session_generate", self._open(), ctypes.byref(native), left, on_token, None, None)
-            if not params.ignore_eos or len(tokens) == params.max_tokens:
-                break
-            c.call("lococo_session_step", self._open(), tokens[-1])  # read what it stopped at, and go on
+        c.call("lococo_session_generate", self._open(), ctypes.byref(native), params.max_tokens, on_token, None, None)
         return tokens
+
+    def _for_tokens(self, params: SamplingParams | None, logprobs: list[TokenLogprobs] | None) -> SamplingParams:
+        params = params or SamplingParams()
+        if params.stop:
+            raise InvalidArgumentError("stop: a session has token ids and no text; use LLM, or stop_token_ids")
+        if (params.logprobs is None) != (logprobs is None):
+            raise InvalidArgumentError("logprobs: expected both params.logprobs and a list to fill, or neither")
+        return params
+
+    def _native(self, params: SamplingParams | None, allowed_tokens: TokenMask | None = None) -> c.CSamplingParams:
+        native = (params or SamplingParams()).to_c()
+        if allowed_tokens is not None:
+            mask = np.asarray(allowed_tokens)
+            if mask.dtype not in (np.uint32, np.int32) or mask.ndim != 1:
+                raise InvalidArgumentError(
+                    "allowed_tokens: expected 32-bit integers of one dimension (words),"
+                    f" got {mask.dtype} of shape {mask.shape}"
+                )
+            words = np.ascontiguousarray(mask)
+            native.allowed_tokens = (ctypes.c_uint32 * words.size).from_buffer_copy(words.tobytes())
+            native.num_allowed_words = words.size
+        return native
 
     def _ids(self, ids: TokenIds) -> npt.NDArray[np.int32]:
         array = _as_ids(ids)

@@ -226,7 +226,12 @@ void generating() {
   }
   CHECK(s.state() == stepped.state());
 
-  lococo_sampling_params params = {sizeof params, 0.9f, 20, 0.95f, 7};
+  lococo_sampling_params params = {};
+  params.struct_size = sizeof params;
+  params.temperature = 0.9;
+  params.top_k = 20;
+  params.top_p = 0.95;
+  params.seed = 7;
   const auto drawn = [&](uint64_t seed) {
     const Session fresh;
     prefill(fresh, tokens(5));

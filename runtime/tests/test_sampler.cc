@@ -10,38 +10,54 @@
 #include "sampler.h"
 
 using lococo::Sampler;
+using lococo::TokenCounts;
 using lococo::uniform_at;
 
 namespace {
 
 lococo_sampling_params params(float temperature, int top_k = 0, float top_p = 0, uint64_t seed = 0) {
-  return {sizeof(lococo_sampling_params), temperature, top_k, top_p, seed};
+  lococo_sampling_params p = {};
+  p.struct_size = sizeof p;
+  p.temperature = temperature;
+  p.top_k = top_k;
+  p.top_p = top_p;
+  p.seed = seed;
+  return p;
 }
 
 int draw(const std::vector<float>& logits, const lococo_sampling_params& p, uint64_t position = 0) {
-  return Sampler(static_cast<int32_t>(logits.size())).sample(logits.data(), p, position);
+  const auto vocab_size = static_cast<int32_t>(logits.size());
+  return Sampler(vocab_size).sample(logits.data(), TokenCounts(vocab_size), p, position);
 }
 
 // The kept set by a full sort, and the probabilities in it: nothing shared with the sampler.
 std::map<int, double> reference(const std::vector<float>& logits, const lococo_sampling_params& p) {
   std::vector<int> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] > logits[b]; });
-  if (p.top_k > 0 && p.top_k < static_cast<int>(order.size())) order.resize(static_cast<size_t>(p.top_k));
-  std::vector<double> weights;
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] < logits[b]; });
+  if (p.top_k > 0 && p.top_k < static_cast<int>(order.size())) {
+    const float last = logits[order[order.size() - static_cast<size_t>(p.top_k)]];
+    order.erase(order.begin(), std::find_if(order.begin(), order.end(), [&](int id) { return logits[id] >= last; }));
+  }
+  std::map<int, double> weights;
+  double total = 0;
   for (const int id : order) {
-    weights.push_back(std::exp((static_cast<double>(logits[id]) - logits[order[0]]) / p.temperature));
+    weights[id] =
+        std::exp((static_cast<double>(logits[id]) - logits[order.back()]) / static_cast<float>(p.temperature));
+    total += weights[id];
   }
-  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
-  size_t n = order.size();
   if (p.top_p > 0 && p.top_p < 1) {
-    double sum = 0;
-    for (n = 0; n < order.size() && sum < p.top_p * total; ++n) sum += weights[n];
+    double dropped = 0;
+    for (const int id : order) {
+      dropped += weights[id];
+      if (dropped > (1 - p.top_p) * total || id == order.back()) break;
+      weights.erase(id);
+    }
   }
-  std::map<int, double> kept;
-  const double kept_total = std::accumulate(weights.begin(), weights.begin() + static_cast<long>(n), 0.0);
-  for (size_t i = 0; i < n; ++i) kept[order[i]] = weights[i] / kept_total;
-  return kept;
+  double kept = 0;
+  for (const auto& [id, weight] : weights) kept += weight;
+  for (auto& [id, weight] : weights) weight /= kept;
+  return weights;
 }
 
 std::vector<float> random_logits(int vocab_size, unsigned seed, float spread) {
@@ -89,7 +105,8 @@ void distribution() {
     const auto expected = reference(logits, p);
     Sampler sampler(12);
     std::map<int, int> counts;
-    for (int i = 0; i < draws; ++i) ++counts[sampler.sample(logits.data(), p, static_cast<uint64_t>(i))];
+    const TokenCounts nothing_read(12);
+    for (int i = 0; i < draws; ++i) ++counts[sampler.sample(logits.data(), nothing_read, p, static_cast<uint64_t>(i))];
     double chi2 = 0;
     for (const auto& [id, probability] : expected) {
       chi2 += std::pow(counts[id] - probability * draws, 2) / (probability * draws);
@@ -111,6 +128,7 @@ void against_reference() {
                           trial % 7 == 0 ? 0.f : 0.13f * static_cast<float>(trial % 8), trial);
     const auto kept = reference(logits, p);
     Sampler sampler(vocab_size);
+    const TokenCounts nothing_read(vocab_size);
     for (uint64_t position = 0; position < 20; ++position) {
       double left = uniform_at(p.seed, position);
       int expected = kept.rbegin()->first;
@@ -121,44 +139,46 @@ void against_reference() {
           break;
         }
       }
-      CHECK_EQ(sampler.sample(logits.data(), p, position), expected);
+      CHECK_EQ(sampler.sample(logits.data(), nothing_read, p, position), expected);
     }
   }
 }
 
 void refusals() {
   Sampler sampler(3);
+  const TokenCounts none(3);
   const float nan[] = {0, NAN, 1};
   const float infinite[] = {0, 1, INFINITY};
   const float nothing[] = {-INFINITY, -INFINITY, -INFINITY};
   for (const auto& p : {params(0), params(1)}) {
-    CHECK_ERROR(LOCOCO_ERROR_BACKEND, ("NaN", "token id 1"), sampler.sample(nan, p, 0));
-    CHECK_ERROR(LOCOCO_ERROR_BACKEND, ("infinity", "token id 2"), sampler.sample(infinite, p, 0));
-    CHECK_ERROR(LOCOCO_ERROR_BACKEND, ("-infinity", "all 3"), sampler.sample(nothing, p, 0));
+    CHECK_ERROR(LOCOCO_ERROR_BACKEND, ("NaN", "token id 1"), sampler.sample(nan, none, p, 0));
+    CHECK_ERROR(LOCOCO_ERROR_BACKEND, ("infinity", "token id 2"), sampler.sample(infinite, none, p, 0));
+    CHECK_ERROR(LOCOCO_ERROR_BACKEND, ("-infinity", "all 3"), sampler.sample(nothing, none, p, 0));
   }
-  Sampler::check(params(0.8f, 40, 0.95f, 7));
-  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("temperature", "-1"), Sampler::check(params(-1)));
-  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("temperature"), Sampler::check(params(NAN)));
-  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("temperature"), Sampler::check(params(INFINITY)));
-  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("top_k", "-2"), Sampler::check(params(1, -2)));
-  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("top_p", "1.5"), Sampler::check(params(1, 0, 1.5f)));
-  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("top_p"), Sampler::check(params(1, 0, -0.1f)));
-  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("top_p"), Sampler::check(params(1, 0, NAN)));
+  sampler.check(params(0.8f, 40, 0.95f, 7));
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("temperature", "-1"), sampler.check(params(-1)));
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("temperature"), sampler.check(params(NAN)));
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("temperature"), sampler.check(params(INFINITY)));
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("top_k", "-2"), sampler.check(params(1, -2)));
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("top_p", "1.5"), sampler.check(params(1, 0, 1.5f)));
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("top_p"), sampler.check(params(1, 0, -0.1f)));
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("top_p"), sampler.check(params(1, 0, NAN)));
   auto unset = params(1);
   unset.struct_size = 0;
-  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("struct_size"), Sampler::check(unset));
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("struct_size"), sampler.check(unset));
 }
 
 void print_times() {
   const std::vector<float> logits = random_logits(128'256, 1, 3.f);
   Sampler sampler(128'256);
+  const TokenCounts none(128'256);
   for (const auto& [name, p] : {std::pair("greedy", params(0)),
                                 {"temperature", params(1)},
                                 {"top_k 40", params(1, 40)},
                                 {"top_p 0.9", params(1, 0, 0.9f)},
                                 {"top_k 40, top_p 0.9", params(1, 40, 0.9f)}}) {
     const auto start = std::chrono::steady_clock::now();
-    for (uint64_t i = 0; i < 10; ++i) CHECK(sampler.sample(logits.data(), p, i) >= 0);
+    for (uint64_t i = 0; i < 10; ++i) CHECK(sampler.sample(logits.data(), none, p, i) >= 0);
     const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
     std::printf("%s: %.2f ms a draw of 128256\n", name, elapsed.count() / 10);
   }
