@@ -5,6 +5,7 @@ Usage: gpu_bundles.py tests OUT, or gpu_bundles.py bench OUT [MODEL]
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -35,35 +36,43 @@ ACCUMULATED = LococoConfig(mem_size=24, keep=12, block_size=40, local_len=2, ker
 WIDE = {"vocab_size": 60000, "hidden_size": 512, "num_hidden_layers": 1, "eos_token_id": None}  # 240 MB of weights
 
 
+def make_random(model: Path, cache: LococoConfig, **changes: Any) -> None:
+    """A checkpoint of random weights and random heads."""
+    model.mkdir(parents=True, exist_ok=True)
+    make_model(model, **changes)
+    geometry = load_checkpoint(model, policy="h2o", mem_size=cache.mem_size).geometry
+    save_heads(model, cache, random_heads(geometry, cache))
+
+
 def export_random(target: Path, cache: LococoConfig, dtype: str, **changes: Any) -> None:
     """A bundle of a random model with random heads."""
     with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch)
-        make_model(model, **changes)
-        geometry = load_checkpoint(model, policy="h2o", mem_size=cache.mem_size).geometry
-        save_heads(model, cache, random_heads(geometry, cache))
-        export_bundle(load_checkpoint(model), target, dtype=dtype, force=True)
+        make_random(Path(scratch), cache, **changes)
+        export_bundle(load_checkpoint(scratch), target, dtype=dtype, force=True)
 
 
 def export_tests(root: Path) -> None:
-    """The golden cases in float32; accumulated scores in float32 and float16; a model that takes some memory."""
+    """The golden cases in float32; accumulated scores in float32 and float16; a model that takes some memory.
+
+    `own_kernels` is the first golden case, for engines of TensorRT's own kernels.
+    """
     root.mkdir(parents=True, exist_ok=True)
     for name in GOLDEN_NAMES:
         with tempfile.TemporaryDirectory() as scratch:
             case = unpack_golden(name, Path(scratch))
             export_bundle(load_checkpoint(case.path, **case.load_args), root / name, force=True)
+    shutil.copytree(root / GOLDEN_NAMES[0], root / "own_kernels", dirs_exist_ok=True)
     export_random(root / "accumulated", ACCUMULATED, "float32")
     export_random(root / "accumulated_fp16", ACCUMULATED, "float16")
     export_random(root / "wide", LococoConfig(32, 16, 32), "float32", **WIDE)
 
 
 def export_benchmark(target: Path, model: Path | None) -> None:
-    """M = B = 512 in float16: the checkpoint `model` with policy h2o, or random weights and heads."""
+    """M = B = 512 in float16, of `model`; without one, of a checkpoint of random weights beside `target`."""
     if model is None:
-        export_random(target, LococoConfig(512, 256, 512), "float16", **SMOLLM2)
-    else:
-        checkpoint = load_checkpoint(model, policy="h2o", mem_size=512, block_size=512)
-        export_bundle(checkpoint, target, dtype="float16", force=True)
+        model = target.with_name(f"{target.name}-checkpoint")
+        make_random(model, LococoConfig(512, 256, 512), **SMOLLM2)
+    export_bundle(load_checkpoint(model), target, dtype="float16", force=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from lococo_engines import Recipe, check_engines, choose, gpu, list_engines, loa
 from lococo_engines.build import cache_directory, check_files, engines_key
 from lococo_engines.cli import main
 from lococo_engines.gpu import Device
+from lococo_engines.kernels import KernelNetwork, kernel_network, require_shapes
 from lococo_engines.metadata import BuildOptions, Engines, PlanInfo, WeightInput
-from lococo_engines.onnx_prepare import prepare_graph
+from lococo_engines.onnx_prepare import prepare_graph, weight_inputs
 from lococo_engines.preflight import plan_version
 from lococo_engines.recipe import builtin_recipes, parse_bytes, parse_recipe, recipe_for
 from lococo_engines.toolkit import Toolkit
@@ -73,6 +75,7 @@ def test_every_recipe_is_valid_and_named_after_its_file() -> None:
         weights="shared",
         workspace_bytes=4 * 2**30,
         builder_optimization_level=3,
+        kernels="lococo",
     )
 
 
@@ -358,7 +361,7 @@ def make_engines(bundle: Path, name: str = "trt-8.6.0-sm90") -> tuple[Path, Engi
         gpu_name=H100.name,
         cuda_version="13.0",
         l4t="",
-        options=BuildOptions("h100", "shared", 2**32, 3, "none", "none", False, False, None),
+        options=BuildOptions("h100", "shared", "lococo", 2**32, 3, "none", "none", False, False, None),
         state_bytes=manifest.state_bytes,
         plans=(plan,),
     )
@@ -402,6 +405,7 @@ def test_exact_bytes_of_engines_json(engines_dir: Path) -> None:
   "options": {{
     "recipe": "h100",
     "weights": "shared",
+    "kernels": "lococo",
     "workspace_limit_bytes": 4294967296,
     "builder_optimization_level": 3,
     "precision": "none",
@@ -728,3 +732,70 @@ def test_public_names() -> None:
     modules = {name for name, value in vars(lococo_engines).items() if type(value) is type(sys)}
     public = {name for name in vars(lococo_engines) if not name.startswith("_")} - modules
     assert public == set(lococo_engines.__all__)
+
+
+# --- networks of kernels -----------------------------------------------------------------------------------------------
+
+
+def kernel_networks(bundle: Path, num_layers: int | None = None) -> dict[str, KernelNetwork]:
+    manifest = read_manifest(bundle)
+    return {
+        spec.name: kernel_network(manifest, spec, {w.name: w for w in weight_inputs(bundle / spec.file)}, num_layers)
+        for spec in manifest.graphs
+    }
+
+
+def test_a_network_of_kernels_has_the_graphs_inputs_and_outputs(bundle: Path) -> None:
+    networks = kernel_networks(bundle)
+    for spec in read_manifest(bundle).graphs:
+        network = networks[spec.name]
+        assert network.inputs == spec.inputs
+        assert set(network.outputs) == set(spec.outputs)
+        assert {w.name for w in network.weights} == {w.name for w in weight_inputs(bundle / spec.file)}
+
+
+def test_every_node_reads_what_is_there_already(bundle: Path) -> None:
+    for name, network in kernel_networks(bundle).items():
+        there = {t.name for t in network.inputs} | {w.name for w in network.weights}
+        for node in network.nodes:
+            assert there.issuperset(node.inputs), (name, node.name)
+            there |= {t.name for t in node.outputs}
+
+
+def test_a_network_of_kernels_can_be_cut_short(bundle: Path) -> None:
+    network = kernel_networks(bundle, num_layers=1)["decoder_1"]
+    assert [n.name for n in network.nodes] == ["embed", "layer.0", "head"]
+    assert not any(".1." in t.name for t in (*network.inputs, *network.outputs))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("model", {"hidden_size": 66}, "hidden_size: expected a multiple of 4, got 66"),
+        ("model", {"head_dim": 24}, "head_dim: expected 4 times a power of two"),
+        ("cache", {"num_conv_layers": 5}, "num_conv_layers: expected at most 4, got 5"),
+    ],
+)
+def test_shapes_the_kernels_cannot_run_are_refused(bundle: Path, part: str, change: dict, message: str) -> None:
+    manifest = read_manifest(bundle)
+    changed = dataclasses.replace(getattr(manifest, part), **change)
+    with pytest.raises(UnsupportedError, match=re.escape(message) + r".*--kernels tensorrt"):
+        require_shapes(dataclasses.replace(manifest, **{part: changed}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": "embedded"}, "weights: expected shared"),
+        ({"version_compatible": True}, "version_compatible: expected false with kernels lococo"),
+        ({"kernels": "cutlass"}, "kernels: expected one of tensorrt, lococo"),
+    ],
+)
+def test_kernels_exclude_what_they_cannot_do(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("h100").replace(**change)
+
+
+def test_rtx_has_no_plugin_kernels() -> None:
+    with pytest.raises(ConfigError, match="kernels: expected tensorrt"):
+        load_recipe("rtx").replace(kernels="lococo")

@@ -127,6 +127,18 @@ def test_golden_logits_and_greedy_tokens(case: GoldenCase) -> None:
         assert worst <= 1e-3
 
 
+def test_tensorrts_own_kernels_and_ours_agree(tmp_path: Path) -> None:
+    case = unpack_golden(GOLDEN_NAMES[0], tmp_path)
+    ids = case.io["input_ids"][0]
+    with gpu_session(case.name) as ours, gpu_session("own_kernels") as theirs:
+        np.testing.assert_allclose(ours.prefill(ids), theirs.prefill(ids), rtol=0, atol=1e-4)
+        tokens = ours.generate_all([], SamplingParams(max_tokens=60))
+        assert theirs.generate_all([], SamplingParams(max_tokens=60)) == tokens
+        np.testing.assert_allclose(ours.logits(), theirs.logits(), rtol=0, atol=1e-3)
+        theirs.set_state(ours.state())
+        assert theirs.state() == ours.state()
+
+
 def test_golden_tokens_in_windows(case: GoldenCase) -> None:
     next_ids = [*case.io["decode_input_ids"][0].tolist(), int(case.io["decode_next_id_after_last"][0])]
     with gpu_session(case.name) as session:

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lococo_runtime._exceptions import (
     BackendError,
     CorruptError,
@@ -41,8 +42,9 @@ from lococo_runtime.bundle import (
 )
 
 from .gpu import Device, l4t_release, query_device
+from .kernels import DTYPE_CODES, KernelNetwork, kernel_network, require_shapes
 from .metadata import ENGINES_DIRECTORY, ENGINES_NAME, BuildOptions, Engines, PlanInfo
-from .onnx_prepare import PreparedGraph, prepare_graph
+from .onnx_prepare import PreparedGraph, prepare_graph, weight_inputs
 from .preflight import check_bundle, check_library, check_plans, plan_version, read_engines
 from .progress import make_monitor
 from .recipe import Recipe, load_recipe, recipe_for
@@ -161,9 +163,13 @@ def build_engines(
     manifest = read_manifest(bundle)
     kit = load_toolkit(recipe.flavour, verbose=verbose)
     kit.require_dtype(manifest.dtype)
+    if recipe.kernels == "lococo":
+        require_shapes(manifest)
+        kit.plugin_creator()
     options = BuildOptions(
         recipe=recipe.name,
         weights=recipe.weights,
+        kernels=recipe.kernels,
         workspace_limit_bytes=recipe.workspace_bytes,
         builder_optimization_level=recipe.builder_optimization_level,
         precision=recipe.precision,
@@ -316,10 +322,16 @@ class _Work:
         """Builds one plan into `staging`."""
         start = time.perf_counter()
         path = self.bundle / spec.file
-        graph = prepare_graph(path, spec, weights=self.options.weights, num_layers=self.options.num_layers)
-        network = self._parse(builder, graph, path)
-        if not self.options.strongly_typed and self.options.precision == "prefer":
-            _pin_float32(self.kit.trt, network)
+        graph: PreparedGraph | KernelNetwork
+        if self.options.kernels == "lococo":
+            weights = {w.name: w for w in weight_inputs(path)}
+            graph = kernel_network(self.manifest, spec, weights, self.options.num_layers)
+            network = self._assemble(builder, graph)
+        else:
+            graph = prepare_graph(path, spec, weights=self.options.weights, num_layers=self.options.num_layers)
+            network = self._parse(builder, graph, path)
+            if not self.options.strongly_typed and self.options.precision == "prefer":
+                _pin_float32(self.kit.trt, network)
         plan = self._compile(builder, network, spec.name)
         name = f"{spec.name}.plan"
         with (staging / name).open("wb") as f:
@@ -335,7 +347,7 @@ class _Work:
             sha256=hashlib.sha256(memoryview(plan)).hexdigest(),
             onnx=spec.file,
             onnx_sha256=next(f.sha256 for f in self.manifest.files if f.path == spec.file),
-            constant_bytes=graph.constant_bytes,
+            constant_bytes=graph.constant_bytes if isinstance(graph, PreparedGraph) else 0,
             workspace_bytes=workspace,
             inputs=graph.inputs,
             outputs=graph.outputs,
@@ -350,6 +362,42 @@ class _Work:
             for message in self.kit.log.take_errors():
                 progress(f"note: {spec.name}: TensorRT says: {message}")
         return info
+
+    def _assemble(self, builder: Any, graph: KernelNetwork) -> Any:
+        """A network of plugin nodes."""
+        trt, creator = self.kit.trt, self.kit.plugin_creator()
+        network = builder.create_network(self.kit.network_flags())
+        tensors: dict[str, Any] = {}
+        given = [*graph.inputs, *(TensorSpec(w.name, w.shape, w.dtype) for w in graph.weights)]
+        for t in given:
+            tensors[t.name] = network.add_input(t.name, self.kit.native_dtype(t.dtype), t.shape)
+        dtypes = {t.name: t.dtype for t in given}
+        for node in graph.nodes:
+            dtypes.update((t.name, t.dtype) for t in node.outputs)
+            names = [*node.inputs, *(t.name for t in node.outputs)]
+            shapes = [n for t in node.outputs for n in (len(t.shape), *t.shape)]
+            fields = [
+                trt.PluginField("numbers", np.array(node.numbers, np.int32), trt.PluginFieldType.INT32),
+                trt.PluginField("floats", np.array([node.eps, node.score_decay], np.float32),
+                                trt.PluginFieldType.FLOAT32),
+                trt.PluginField("dtypes", np.array([DTYPE_CODES[dtypes[n]] for n in names], np.int32),
+                                trt.PluginFieldType.INT32),
+                trt.PluginField("shapes", np.array(shapes, np.int32), trt.PluginFieldType.INT32),
+            ]  # fmt: skip
+            plugin = creator.create_plugin(node.name, trt.PluginFieldCollection(fields))
+            if plugin is None:
+                raise BackendError(f"{node.name}: the plugin refuses it: {self.kit.log.summary()}")
+            layer = network.add_plugin_v2([tensors[n] for n in node.inputs], plugin)
+            layer.name = node.name
+            for i, t in enumerate(node.outputs):
+                tensors[t.name] = layer.get_output(i)
+                tensors[t.name].name = t.name
+        linear = 1 << int(trt.TensorFormat.LINEAR)
+        for t in graph.outputs:
+            network.mark_output(tensors[t.name])
+        for t in (*given, *graph.outputs):
+            tensors[t.name].allowed_formats = linear
+        return network
 
     def _parse(self, builder: Any, graph: PreparedGraph, path: Path) -> Any:
         network = builder.create_network(self.kit.network_flags())
@@ -448,7 +496,7 @@ def _pin_float32(trt: Any, network: Any) -> None:
             layer.precision = trt.float32
 
 
-def _check_tensors(graph: PreparedGraph, found: dict[str, TensorSpec], path: Path) -> None:
+def _check_tensors(graph: PreparedGraph | KernelNetwork, found: dict[str, TensorSpec], path: Path) -> None:
     """The plan's inputs and outputs are the graph's."""
     weights = (TensorSpec(w.name, w.shape, w.dtype) for w in graph.weights)
     expected = {t.name: t for t in (*graph.inputs, *graph.outputs, *weights)}

@@ -15,7 +15,7 @@ from lococo_runtime.cli import guarded, show_step
 from .build import build_engines, choose
 from .metadata import Engines
 from .preflight import read_engines
-from .recipe import HARDWARE_COMPATIBILITY, WEIGHTS, builtin_recipes, parse_bytes
+from .recipe import HARDWARE_COMPATIBILITY, KERNELS, WEIGHTS, builtin_recipes, parse_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--precision", choices=("none", "prefer"), help="TensorRT 8.6 only: prefer float32 where the ONNX has it"
     )
     parser.add_argument("--weights", choices=WEIGHTS, help="one copy for all plans, or constants in each")
+    parser.add_argument(
+        "--kernels", choices=KERNELS, help="lococo: this project's plugin; tensorrt: TensorRT's own, from the ONNX"
+    )
     parser.add_argument("--num-layers", type=int, metavar="N", help="only the first N layers, for debugging")
     parser.add_argument("--force", action="store_true", help="replace engines that are there")
     parser.add_argument("--verbose", action="store_true", help="print TensorRT's own messages")
@@ -58,6 +61,7 @@ def _build(args: argparse.Namespace) -> int:
         version_compatible=args.version_compatible,
         precision=args.precision,
         weights=args.weights,
+        kernels=args.kernels,
     )
     where = str(target.device) if target.device else "ahead of time for " + ", ".join(f"sm{x}" for x in target.sm)
     show_step(f"recipe {recipe.name}: {where}")

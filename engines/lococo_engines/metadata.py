@@ -63,7 +63,7 @@ class BuildOptions:
     """What the builder was told.
 
     Attributes:
-        weights, workspace_limit_bytes, builder_optimization_level, precision, hardware_compatibility_level,
+        weights, kernels, workspace_limit_bytes, builder_optimization_level, precision, hardware_compatibility_level,
         version_compatible: as in a recipe.
         strongly_typed: TensorRT followed the ONNX's dtypes; False on 8.6, which chooses.
         num_layers: None, or how many layers a debugging build has.
@@ -71,6 +71,7 @@ class BuildOptions:
 
     recipe: str
     weights: str
+    kernels: str
     workspace_limit_bytes: int
     builder_optimization_level: int | None
     precision: str

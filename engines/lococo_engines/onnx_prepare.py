@@ -63,10 +63,7 @@ def prepare_graph(
         CorruptError: not an ONNX file of this project.
         InvalidArgumentError: more layers asked for than there are.
     """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except DecodeError as e:
-        raise CorruptError(f"{path}: not an ONNX file: {e}; export the bundle again") from e
+    model = _load(path)
     if num_layers is not None:
         _keep_layers(model.graph, spec, num_layers)
     model = inliner.inline_local_functions(model)
@@ -87,6 +84,18 @@ def prepare_graph(
         weights=tuple(sorted((_weight_input(t, path) for t in inputs), key=lambda w: w.offset)),
         constant_bytes=sum(_external(t)["length"] for t in constants if t.data_location == TensorProto.EXTERNAL),
     )
+
+
+def weight_inputs(path: Path) -> tuple[WeightInput, ...]:
+    """Every tensor of the weights file that the graph at `path` reads. Raises CorruptError, UnsupportedError."""
+    return tuple(_weight_input(t, path) for t in _load(path).graph.initializer)
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except DecodeError as e:
+        raise CorruptError(f"{path}: not an ONNX file: {e}; export the bundle again") from e
 
 
 def _kept(specs: tuple[TensorSpec, ...], names: Iterable[str]) -> tuple[TensorSpec, ...]:

@@ -23,6 +23,7 @@ FLAVOURS = ("tensorrt", "tensorrt_rtx")
 WEIGHTS = ("shared", "embedded")
 WIDTHS = ("single", "short", "block")
 PRECISIONS = ("none", "prefer")
+KERNELS = ("tensorrt", "lococo")
 HARDWARE_COMPATIBILITY = ("none", "ampere+", "same_compute_capability")
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -46,6 +47,7 @@ class Recipe:
         sm: compute capabilities it is for, 90 for 9.0.
         widths: decoder and fusion graphs to build: "single" (one token) and "block" always, "short" optionally.
         weights: "shared": one device copy, given to every plan as inputs; "embedded": constants of each plan.
+        kernels: "lococo": this project's plugin, with shared weights; "tensorrt": TensorRT's own, from the ONNX.
         workspace_bytes: the most scratch memory a plan may use.
         builder_optimization_level: 0 (quick build) to 5; None leaves it to TensorRT.
         precision: TensorRT 8.6 only, which chooses precisions itself: "prefer" asks it to run in float32 what the ONNX
@@ -64,6 +66,7 @@ class Recipe:
     widths: tuple[str, ...]
     weights: str
     workspace_bytes: int
+    kernels: str = "tensorrt"
     builder_optimization_level: int | None = None
     precision: str = "none"
     hardware_compatibility_level: str = "none"
@@ -74,6 +77,7 @@ class Recipe:
         for name, choices in (
             ("flavour", FLAVOURS),
             ("weights", WEIGHTS),
+            ("kernels", KERNELS),
             ("precision", PRECISIONS),
             ("hardware_compatibility_level", HARDWARE_COMPATIBILITY),
         ):
@@ -91,6 +95,11 @@ class Recipe:
             level, why = self.hardware_compatibility_level, " (TensorRT for RTX names its targets instead)"
             self._require(level == "none", "hardware_compatibility_level", f"none{why}", level)
             self._require(not self.version_compatible, "version_compatible", "false with TensorRT for RTX", True)
+            why = " (TensorRT for RTX takes no such plugins)"
+            self._require(self.kernels == "tensorrt", "kernels", f"tensorrt{why}", self.kernels)
+        if self.kernels == "lococo":
+            self._require(self.weights == "shared", "weights", "shared, which kernels lococo read", self.weights)
+            self._require(not self.version_compatible, "version_compatible", "false with kernels lococo", True)
 
     def _require(self, condition: bool, field: str, expected: str, got: object) -> None:
         if not condition:

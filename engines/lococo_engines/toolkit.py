@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TextIO
 
+from lococo_runtime._c_api import library_path
 from lococo_runtime._exceptions import BackendError, InternalError, UnsupportedError
 
 from .gpu import Device
+from .kernels import PLUGIN
 from .preflight import release
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
@@ -17,6 +22,10 @@ _PACKAGES = {
     "tensorrt": "on a Jetson it comes with JetPack (python3-libnvinfer); elsewhere: pip install tensorrt",
     "tensorrt_rtx": "pip install tensorrt-rtx-cu13",
 }
+
+
+_COMPILE = "compile it for the installed TensorRT: pip install with -C cmake.define.LOCOCO_TENSORRT_INCLUDE=..."
+_ERROR_BYTES = 3072  # as module.h has it
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,10 @@ class Toolkit:
         name = str(value.name)
         return DTYPES.get(name, name.lower())
 
+    def native_dtype(self, dtype: str) -> Any:
+        """The trt.DataType of our name."""
+        return getattr(self.trt.DataType, next(k for k, v in DTYPES.items() if v == dtype))
+
     def require_dtype(self, dtype: str) -> None:
         """Raises UnsupportedError where this TensorRT cannot hold tensors of `dtype`."""
         name = next(k for k, v in DTYPES.items() if v == dtype)
@@ -75,6 +88,33 @@ class Toolkit:
         if value is None:
             raise UnsupportedError(f"{option}: TensorRT {self.version} ({self.flavour}) does not offer it")
         return value
+
+    def plugin_creator(self) -> Any:
+        """The creator of this project's plugin, from liblococo_trt.
+
+        Raises:
+            UnsupportedError: liblococo_trt is not there, or was compiled for another TensorRT.
+        """
+        path = Path(os.environ.get("LOCOCO_TRT_LIBRARY") or library_path().with_name("liblococo_trt.so"))
+        advice = f"{_COMPILE}; or build with --kernels tensorrt"
+        if not path.is_file():
+            raise UnsupportedError(f"kernels lococo: {path} is not there; {advice}")
+        text = ctypes.create_string_buffer(_ERROR_BYTES)
+        try:
+            status = ctypes.CDLL(os.fspath(path)).lococo_register_plugin(text)
+        except (OSError, AttributeError) as e:
+            raise UnsupportedError(f"kernels lococo: {path} does not load: {e}; {advice}") from e
+        if status:
+            raise UnsupportedError(f"kernels lococo: {path}: {text.value.decode()}; {advice}")
+        registry = self.trt.get_plugin_registry()
+        find = registry.get_plugin_creator if hasattr(registry, "get_plugin_creator") else registry.get_creator
+        creator = find(*PLUGIN)
+        if creator is None:
+            raise UnsupportedError(
+                f"kernels lococo: TensorRT {self.version} of Python is not the TensorRT that {path} found; let"
+                " LD_LIBRARY_PATH name the folder of the former's libnvinfer.so"
+            )
+        return creator
 
     def create_builder(self, device: Device | None) -> Any:
         try:

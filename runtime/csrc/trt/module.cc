@@ -146,6 +146,14 @@ void lococo::log_line(lococo_log_level level, const std::string& text) noexcept 
   if (const lococo_module_host* host = the_host) host->log(level, text.c_str());
 }
 
+// For whoever builds engines: makes the plugin known to the TensorRT of this process. error: at least 3072 bytes.
+extern "C" LOCOCO_API int32_t lococo_register_plugin(char* error) {
+  lococo_module_error text{};
+  const lococo_status status = guarded(&text, [] { (void)lococo::trt::load_tensorrt(the_host); });
+  std::snprintf(error, sizeof text.text, "%s", text.text);
+  return status;
+}
+
 extern "C" LOCOCO_API const lococo_module* lococo_backend_module(uint32_t abi) {
   return abi == LOCOCO_MODULE_ABI ? &kModule : nullptr;
 }

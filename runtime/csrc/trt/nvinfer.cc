@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "error.h"
+#include "trt/plugin.h"
 
 #if NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR < 806
 #error "TensorRT 8.6 or newer is needed"
@@ -77,6 +78,7 @@ constexpr Version kCompiled = {NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, NV_TENSORRT
 struct Library {
   using CreateRuntime = void* (*)(void* logger, int32_t version);
   using GetVersion = int32_t (*)();
+  using GetRegistry = nvinfer1::IPluginRegistry* (*)();
 
   std::string version;
   CreateRuntime create_runtime = nullptr;
@@ -94,7 +96,8 @@ struct Library {
     }
     const auto get_version = reinterpret_cast<GetVersion>(::dlsym(library, "getInferLibVersion"));
     create_runtime = reinterpret_cast<CreateRuntime>(::dlsym(library, "createInferRuntime_INTERNAL"));
-    if (get_version == nullptr || create_runtime == nullptr) {
+    const auto get_registry = reinterpret_cast<GetRegistry>(::dlsym(library, "getPluginRegistry"));
+    if (get_version == nullptr || create_runtime == nullptr || get_registry == nullptr) {
       ::dlclose(library);
       fail(LOCOCO_ERROR_UNSUPPORTED, "%s: expected TensorRT's runtime, got another library", path.c_str());
     }
@@ -108,6 +111,9 @@ struct Library {
            " compile liblococo_trt with the headers of the installed version",
            path.c_str(), kCompiled.text().c_str(), version.c_str());
     }
+    nvinfer1::IPluginRegistry* const registry = get_registry();
+    if (registry == nullptr) fail(LOCOCO_ERROR_BACKEND, "%s: TensorRT has no plugin registry", path.c_str());
+    register_plugin(*registry);
   }
 };
 
