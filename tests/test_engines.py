@@ -734,7 +734,7 @@ def test_public_names() -> None:
     assert public == set(lococo_engines.__all__)
 
 
-# --- networks of kernels -----------------------------------------------------------------------------------------------
+# --- networks of kernels ---------------------------------------------------------------------------------------------
 
 
 def kernel_networks(bundle: Path, num_layers: int | None = None) -> dict[str, KernelNetwork]:
