@@ -1,6 +1,7 @@
 #include "files.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -41,6 +42,16 @@ int write_and_sync(int fd, const uint8_t* data, size_t size) {
     size -= static_cast<size_t>(n);
   }
   return ::fsync(fd) == 0 ? 0 : errno;
+}
+
+// A rename or a removal is durable once the directory is; a file system that cannot sync a directory has still done it.
+void sync_directory_of(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  const std::string directory = slash == std::string::npos ? "." : path.substr(0, slash + 1);
+  if (const int dir = open_retrying(directory.c_str(), O_RDONLY | O_DIRECTORY); dir >= 0) {
+    ::fsync(dir);
+    ::close(dir);
+  }
 }
 
 }  // namespace
@@ -94,13 +105,28 @@ void write_file_atomically(const std::string& path, const std::vector<uint8_t>& 
     ::unlink(staging.c_str());
     fail_errno(code, path, "write");
   }
-  // The rename is durable once the directory is; a file system that cannot sync a directory has still renamed.
-  const size_t slash = path.rfind('/');
-  const std::string directory = slash == std::string::npos ? "." : path.substr(0, slash + 1);
-  if (const int dir = open_retrying(directory.c_str(), O_RDONLY | O_DIRECTORY); dir >= 0) {
-    ::fsync(dir);
-    ::close(dir);
-  }
+  sync_directory_of(path);
 }
+
+void remove_file(const std::string& path) {
+  if (::unlink(path.c_str()) != 0 && errno != ENOENT) fail_errno(errno, path, "remove");
+  sync_directory_of(path);
+}
+
+DirectoryLock::DirectoryLock(const std::string& directory) {
+  const std::string path = directory + "/.lock";
+  fd_ = open_retrying(path.c_str(), O_RDWR | O_CREAT, 0666);
+  if (fd_ < 0) fail_errno(errno, path, "open");
+  if (::flock(fd_, LOCK_EX | LOCK_NB) == 0) return;
+  const int code = errno;
+  ::close(fd_);
+  if (code == EWOULDBLOCK) {
+    fail(LOCOCO_ERROR_BUSY, "%s: in use by another pool, of this process or of another one; choose another directory",
+         directory.c_str());
+  }
+  fail_errno(code, path, "lock");
+}
+
+DirectoryLock::~DirectoryLock() { ::close(fd_); }
 
 }  // namespace lococo

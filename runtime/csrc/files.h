@@ -31,4 +31,19 @@ Digest sha256_file(const std::string& path);
 // Writes a file beside path, fsyncs it and renames it to path; on failure path is as it was. IO, NO_SPACE, NOT_FOUND.
 void write_file_atomically(const std::string& path, const std::vector<uint8_t>& bytes);
 
+// Removes a file, durably; one that is gone already is no error. IO.
+void remove_file(const std::string& path);
+
+// Held by one object of one process at a time, and by none that has died.
+class DirectoryLock {
+ public:
+  explicit DirectoryLock(const std::string& directory);  // BUSY, NOT_FOUND, IO, NO_SPACE
+  ~DirectoryLock();
+  DirectoryLock(const DirectoryLock&) = delete;
+  DirectoryLock& operator=(const DirectoryLock&) = delete;
+
+ private:
+  int fd_;
+};
+
 }  // namespace lococo

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "error.h"
+#include "pool.h"
 #include "session.h"
 #include "stops.h"
 
@@ -15,9 +16,16 @@ struct lococo_model {
   std::shared_ptr<lococo::Model> impl;
 };
 
+struct lococo_pool {
+  lococo::Pool impl;
+};
+
 struct lococo_session {
-  explicit lococo_session(std::shared_ptr<lococo::Model> model) : impl(std::move(model)) {}
-  lococo::Session impl;
+  explicit lococo_session(std::shared_ptr<lococo::Model> model)
+      : owned(std::make_unique<lococo::Session>(std::move(model))), impl(*owned) {}
+  explicit lococo_session(lococo::Session& of_pool) : impl(of_pool) {}
+  std::unique_ptr<lococo::Session> owned;  // NULL: a pool's
+  lococo::Session& impl;
 };
 
 struct lococo_stops {
@@ -206,6 +214,10 @@ lococo_status lococo_session_create(lococo_model* model, lococo_session** out) {
 
 void lococo_session_destroy(lococo_session* session) {
   if (session == nullptr) return;
+  if (session->owned == nullptr) {
+    lococo::log_line(LOCOCO_LOG_ERROR, "lococo_session_destroy: the session is a pool's; release it to the pool");
+    return;
+  }
   if (session->impl.busy.exchange(true, std::memory_order_acquire)) {
     lococo::log_line(LOCOCO_LOG_ERROR, "lococo_session_destroy: the session is in use; it was not destroyed");
     return;
@@ -380,5 +392,107 @@ lococo_status lococo_stops_reset(lococo_stops* stops) {
   return guarded([&] {
     require(stops, "stops");
     stops->impl.reset();
+  });
+}
+
+lococo_status lococo_pool_create(lococo_model* model, const lococo_pool_options* options, lococo_pool** out) {
+  return guarded([&] {
+    require(model, "model");
+    require(options, "options");
+    require(out, "out");
+    require_size(options->struct_size, sizeof *options, "lococo_pool_options");
+    require(options->directory, "directory");
+    if ((options->budget_bytes == 0) == (options->max_sessions == 0)) {
+      fail(LOCOCO_ERROR_INVALID_ARGUMENT, "lococo_pool_options: expected one of budget_bytes and max_sessions");
+    }
+    const uint64_t session_bytes = model->impl->session_bytes();
+    const uint64_t fitting = options->budget_bytes / session_bytes;
+    if (options->max_sessions == 0 && fitting == 0) {
+      fail(LOCOCO_ERROR_INVALID_ARGUMENT, "budget_bytes: expected at least %llu, one session of this model, got %llu",
+           static_cast<unsigned long long>(session_bytes), static_cast<unsigned long long>(options->budget_bytes));
+    }
+    *out = new lococo_pool{
+        {model->impl, options->directory, options->max_sessions != 0 ? options->max_sessions : fitting}};
+  });
+}
+
+void lococo_pool_destroy(lococo_pool* pool) {
+  if (pool == nullptr) return;
+  if (pool->impl.info().num_acquired > 0) {
+    lococo::log_line(LOCOCO_LOG_ERROR, "lococo_pool_destroy: sessions are acquired; the pool was not destroyed");
+    return;
+  }
+  delete pool;
+}
+
+lococo_status lococo_pool_acquire(lococo_pool* pool, const char* id, const char* start, int32_t timeout_ms,
+                                  lococo_session** out) {
+  return guarded([&] {
+    require(pool, "pool");
+    require(id, "id");
+    require(out, "out");
+    lococo::Session& session = pool->impl.acquire(id, start, timeout_ms);
+    try {
+      *out = new lococo_session(session);
+    } catch (...) {
+      pool->impl.release(session);
+      throw;
+    }
+  });
+}
+
+lococo_status lococo_pool_release(lococo_pool* pool, lococo_session* session) {
+  return guarded([&] {
+    require(pool, "pool");
+    require(session, "session");
+    pool->impl.release(session->impl);
+    delete session;
+  });
+}
+
+lococo_status lococo_pool_flush(lococo_pool* pool, const char* id) {
+  return guarded([&] {
+    require(pool, "pool");
+    if (id != nullptr) {
+      pool->impl.flush(id);
+    } else {
+      pool->impl.flush_all();
+    }
+  });
+}
+
+lococo_status lococo_pool_remove(lococo_pool* pool, const char* id) {
+  return guarded([&] {
+    require(pool, "pool");
+    require(id, "id");
+    pool->impl.remove(id);
+  });
+}
+
+lococo_status lococo_pool_find(lococo_pool* pool, const char* id, lococo_place* place) {
+  return guarded([&] {
+    require(pool, "pool");
+    require(id, "id");
+    require(place, "place");
+    *place = pool->impl.place(id);
+  });
+}
+
+lococo_status lococo_pool_list(lococo_pool* pool, lococo_place_fn fn, void* user) {
+  return guarded([&] {
+    require(pool, "pool");
+    if (fn == nullptr) fail(LOCOCO_ERROR_INVALID_ARGUMENT, "fn: expected a function, got NULL");
+    for (const auto& [id, place] : pool->impl.list()) {
+      if (fn(id.c_str(), place, user) != 0) return;
+    }
+  });
+}
+
+lococo_status lococo_pool_get_info(lococo_pool* pool, lococo_pool_info* info) {
+  return guarded([&] {
+    require(pool, "pool");
+    require(info, "info");
+    require_size(info->struct_size, sizeof *info, "lococo_pool_info");
+    *info = pool->impl.info();
   });
 }

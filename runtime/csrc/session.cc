@@ -219,7 +219,6 @@ void Session::state_set(const uint8_t* buffer, size_t size) {
 }
 
 void Session::adopt(const uint8_t* payload) {
-  executor_->reset();
   executor_->write_state(payload + 16);
   std::memcpy(token_counts_.data(), payload + m_.state_bytes - token_counts_.nbytes(), token_counts_.nbytes());
   position_ = load_int64(payload);
@@ -238,15 +237,14 @@ void Session::load(const std::string& path) {
   try {
     InputFile file(path);
     const uint64_t size = file.size();
-    std::vector<uint8_t> state(kStateHeaderBytes);
-    state.resize(file.read(state.data(), state.size()));
-    check_state_header(m_, state.data(), state.size() < kStateHeaderBytes ? state.size() : size);
-    state.resize(size);  // equals state_size()
-    if (kStateHeaderBytes + file.read(state.data() + kStateHeaderBytes, size - kStateHeaderBytes) != size) {
+    const std::unique_ptr<uint8_t[]> state(new uint8_t[state_size()]);  // not filled with zeros first
+    const size_t header_bytes = file.read(state.get(), kStateHeaderBytes);
+    check_state_header(m_, state.get(), header_bytes < kStateHeaderBytes ? header_bytes : size);
+    if (kStateHeaderBytes + file.read(state.get() + kStateHeaderBytes, size - kStateHeaderBytes) != size) {
       fail(LOCOCO_ERROR_CORRUPT, "expected %zu bytes; the file shrank while it was read", state_size());
     }
-    check_state(m_, state.data());
-    adopt(state.data() + kStateHeaderBytes);
+    check_state(m_, state.get());
+    adopt(state.get() + kStateHeaderBytes);
   } catch (const Error& e) {
     if (e.status() == LOCOCO_ERROR_NOT_FOUND || e.status() == LOCOCO_ERROR_IO) throw;  // name the path already
     throw Error(e.status(), path + ": " + e.what());

@@ -4,12 +4,13 @@
  *                *_close / *_destroy exactly once; destroying NULL is a no-op. A model must outlive its sessions.
  *                Strings and arrays passed in are copied before the call returns. Pointers handed out belong to the
  *                handle they came from and stay valid until the next call on that handle, unless said otherwise.
+ *                A session acquired from a pool is the pool's: it is released, not destroyed.
  * Errors         Every function that can fail returns a lococo_status; results come through the last parameters, which
  *                are written only on LOCOCO_OK. lococo_last_error() explains the last failure of the calling thread.
  *                A failed call leaves the session as it was, except that LOCOCO_ERROR_BACKEND out of prefill, step or
  *                generate marks the session dead: every later call but reset, state_set, load and destroy is refused.
- * Threads        A model may be used from many threads at once. A session belongs to one thread at a time: a second
- *                concurrent call on it is refused with LOCOCO_ERROR_BUSY and changes nothing.
+ * Threads        A model and a pool may be used from many threads at once. A session belongs to one thread at a time:
+ *                a second concurrent call on it is refused with LOCOCO_ERROR_BUSY and changes nothing.
  * Determinism    The same bundle, backend, thread count, tokens and seed give the same bits.
  */
 #ifndef LOCOCO_H
@@ -44,6 +45,7 @@ extern "C" {
 typedef struct lococo_model lococo_model;     /* an opened bundle: weights and graphs, shared by its sessions */
 typedef struct lococo_session lococo_session; /* one sequence: slots, cursor, last logits */
 typedef struct lococo_stops lococo_stops;     /* stop strings, and the text that may become one of them */
+typedef struct lococo_pool lococo_pool;       /* many sessions by name, a few of them in memory */
 
 /* What a call came to; lococo_last_error() has the text. */
 typedef enum lococo_status {
@@ -54,13 +56,14 @@ typedef enum lococo_status {
   LOCOCO_ERROR_VERSION = 4,          /* a schema version this library does not know */
   LOCOCO_ERROR_UNSUPPORTED = 5,      /* a device, backend or dtype that is not available here */
   LOCOCO_ERROR_STATE_MISMATCH = 6,   /* a state of another bundle */
-  LOCOCO_ERROR_BUSY = 7,             /* the session is in use by another thread */
+  LOCOCO_ERROR_BUSY = 7,             /* the session, or the pool's directory, is in use elsewhere */
   LOCOCO_ERROR_DEAD = 8,             /* an earlier backend error left the session unusable: reset or load it */
   LOCOCO_ERROR_IO = 9,               /* the operating system refused a read or a write */
   LOCOCO_ERROR_NO_SPACE = 10,        /* the disk is full */
   LOCOCO_ERROR_OUT_OF_MEMORY = 11,   /* memory could not be had */
   LOCOCO_ERROR_BACKEND = 12,         /* ONNX Runtime (or another backend) failed; the message carries its text */
   LOCOCO_ERROR_INTERNAL = 13,        /* a defect of this library */
+  LOCOCO_ERROR_POOL_FULL = 14,       /* every session that the pool's budget allows is acquired */
 } lococo_status;
 
 /* Zero-initialise, set struct_size = sizeof(lococo_options), then what you need. NULL and 0 mean the default. */
@@ -125,6 +128,34 @@ typedef struct lococo_sampling_params {
   int32_t ignore_eos;             /* 1 = generate does not end after an end-of-sequence token */
 } lococo_sampling_params;
 
+/* Zero-initialise, set struct_size, then directory and one of the two sizes. */
+typedef struct lococo_pool_options {
+  size_t struct_size;    /* sizeof(lococo_pool_options) */
+  const char* directory; /* where idle sessions are parked; made if its parent is there. One pool at a time */
+  uint64_t budget_bytes; /* memory of all sessions together, session_bytes each, at least one of them */
+  uint64_t max_sessions; /* the same as a number of sessions in memory */
+} lococo_pool_options;
+
+/* What a pool holds, and what it has done. */
+typedef struct lococo_pool_info {
+  size_t struct_size;     /* sizeof(lococo_pool_info) */
+  uint64_t max_sessions;  /* in memory at once */
+  uint64_t session_bytes; /* of memory, each; parking and resuming one takes state_bytes more for its duration */
+  uint64_t memory_bytes;  /* taken now: at most max_sessions * session_bytes */
+  int64_t num_acquired;   /* sessions handed out */
+  int64_t num_idle;       /* the others that are in memory */
+  int64_t num_parked;     /* those that are on disk alone */
+  int64_t parks;          /* state files written since create */
+  int64_t resumes;        /* state files read since create */
+} lococo_pool_info;
+
+/* Where a session of a pool is. */
+typedef enum lococo_place {
+  LOCOCO_PLACE_ACQUIRED = 0, /* handed out */
+  LOCOCO_PLACE_MEMORY = 1,   /* idle */
+  LOCOCO_PLACE_DISK = 2,     /* parked */
+} lococo_place;
+
 /* How bad a log line is. */
 typedef enum lococo_log_level {
   LOCOCO_LOG_INFO = 0,    /* what was opened, and how */
@@ -136,6 +167,9 @@ typedef void (*lococo_log_fn)(lococo_log_level level, const char* message, void*
 
 /* Called for every generated token, end-of-sequence tokens included; return non-zero to stop. */
 typedef int (*lococo_token_fn)(int32_t token_id, void* user);
+
+/* Called for every session of a pool; id is valid during the call; return non-zero to stop. */
+typedef int (*lococo_place_fn)(const char* id, lococo_place place, void* user);
 
 /* --- library ----------------------------------------------------------------------------------------------------- */
 
@@ -239,6 +273,38 @@ LOCOCO_API lococo_status lococo_session_state_set(lococo_session* session, const
 LOCOCO_API lococo_status lococo_session_save(lococo_session* session, const char* path);
 /* Continues from a state file, checked as by state_set. */
 LOCOCO_API lococo_status lococo_session_load(lococo_session* session, const char* path);
+
+/* --- pool: many sessions, a few in memory, the others parked as state files -------------------------------------- */
+
+/* Opens a pool on a directory. The sessions that an earlier pool parked there are there again, also after a crash. The
+ * model may be closed while the pool is open. LOCOCO_ERROR_BUSY: another pool, of any process, has the directory. */
+LOCOCO_API lococo_status lococo_pool_create(lococo_model* model, const lococo_pool_options* options, lococo_pool** out);
+/* Forgets what is in memory and was neither parked nor flushed. Logged and ignored while a session is acquired. */
+LOCOCO_API void lococo_pool_destroy(lococo_pool* pool);
+/* The session of this id as it was released last, from memory or from its state file. A new id starts empty or, if
+ * `start` is not NULL, from that state file; an id that the pool knows does not read it. When the budget is used up,
+ * the least recently used idle session is parked, and its buffers serve this one.
+ *   id          1 to 200 bytes, where each byte but a-z 0-9 - _ . counts as three
+ *   timeout_ms  how long to wait for another thread to release this session (then LOCOCO_ERROR_BUSY), or any if all of
+ *               the budget is acquired (then LOCOCO_ERROR_POOL_FULL); 0: not at all; negative: for ever
+ * On an error the session is not acquired and nothing is lost: another one that cannot be parked
+ * (LOCOCO_ERROR_NO_SPACE, LOCOCO_ERROR_IO) stays in memory; a state file that is damaged, or of another schema or
+ * bundle, stays where it is until lococo_pool_remove. */
+LOCOCO_API lococo_status lococo_pool_acquire(lococo_pool* pool, const char* id, const char* start, int32_t timeout_ms,
+                                             lococo_session** out);
+/* Gives a session back; the handle is gone then. A dead session is dropped: its last state file is what stays.
+ * LOCOCO_ERROR_BUSY: another thread is inside a call; the session stays acquired. */
+LOCOCO_API lococo_status lococo_pool_release(lococo_pool* pool, lococo_session* session);
+/* Writes an idle session (id NULL: all) to disk where it is newer than its state file. It stays in memory. */
+LOCOCO_API lococo_status lococo_pool_flush(lococo_pool* pool, const char* id);
+/* Deletes an idle session and its state file. */
+LOCOCO_API lococo_status lococo_pool_remove(lococo_pool* pool, const char* id);
+/* Where a session is; LOCOCO_ERROR_NOT_FOUND if the pool does not know it. */
+LOCOCO_API lococo_status lococo_pool_find(lococo_pool* pool, const char* id, lococo_place* place);
+/* The sessions as they are at the call, least recently used first. */
+LOCOCO_API lococo_status lococo_pool_list(lococo_pool* pool, lococo_place_fn fn, void* user);
+/* Set info->struct_size first. */
+LOCOCO_API lococo_status lococo_pool_get_info(lococo_pool* pool, lococo_pool_info* info);
 
 #ifdef __cplusplus
 }

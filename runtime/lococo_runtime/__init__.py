@@ -1,6 +1,7 @@
 """Runs lococo bundles: numpy and the standard library over our C library.
 
-`Session` appends tokens and reads logits; `LLM` adds text; `Model` shares weights between sessions.
+`Session` appends tokens and reads logits; `LLM` adds text; `Model` shares weights between sessions; `SessionPool` keeps
+many of them, most on disk.
 """
 
 from ._exceptions import (
@@ -18,6 +19,7 @@ from ._exceptions import (
     NoSpaceError,
     NotFoundError,
     OutOfMemoryError,
+    PoolFullError,
     StateMismatchError,
     StorageError,
     TargetExistsError,
@@ -29,6 +31,7 @@ from ._exceptions import (
 )
 from .bundle import LococoConfig, Manifest, read_manifest
 from .llm import LLM, CompletionOutput
+from .pool import PooledSession, PoolInfo, SessionPool
 from .sampling import SamplingParams, StopMatcher, TokenLogprobs
 from .session import Model, Session
 
@@ -52,8 +55,12 @@ __all__ = [
     "NoSpaceError",
     "NotFoundError",
     "OutOfMemoryError",
+    "PoolFullError",
+    "PoolInfo",
+    "PooledSession",
     "SamplingParams",
     "Session",
+    "SessionPool",
     "StateMismatchError",
     "StopMatcher",
     "StorageError",

@@ -30,6 +30,7 @@ _ERRORS: dict[int, type[errors.LococoError]] = {
     11: errors.OutOfMemoryError,
     12: errors.BackendError,
     13: errors.InternalError,
+    14: errors.PoolFullError,
 }
 
 
@@ -90,8 +91,36 @@ class CSamplingParams(ctypes.Structure):
     )
 
 
+class PoolOptions(ctypes.Structure):
+    """lococo_pool_options"""
+
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("directory", c_char_p),
+        ("budget_bytes", c_uint64),
+        ("max_sessions", c_uint64),
+    )
+
+
+class PoolInfo(ctypes.Structure):
+    """lococo_pool_info"""
+
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("max_sessions", c_uint64),
+        ("session_bytes", c_uint64),
+        ("memory_bytes", c_uint64),
+        ("num_acquired", c_int64),
+        ("num_idle", c_int64),
+        ("num_parked", c_int64),
+        ("parks", c_int64),
+        ("resumes", c_int64),
+    )
+
+
 LogFn = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 TokenFn = ctypes.CFUNCTYPE(c_int, c_int32, c_void_p)
+PlaceFn = ctypes.CFUNCTYPE(c_int, c_char_p, c_int, c_void_p)
 
 _FLOATS, _IDS = POINTER(c_float), POINTER(c_int32)
 
@@ -131,6 +160,15 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lococo_stops_push": (c_int, (c_void_p, c_char_p, c_size_t, POINTER(c_void_p), POINTER(c_size_t), _IDS)),
     "lococo_stops_finish": (c_int, (c_void_p, POINTER(c_void_p), POINTER(c_size_t))),
     "lococo_stops_reset": (c_int, (c_void_p,)),
+    "lococo_pool_create": (c_int, (c_void_p, POINTER(PoolOptions), POINTER(c_void_p))),
+    "lococo_pool_destroy": (None, (c_void_p,)),
+    "lococo_pool_acquire": (c_int, (c_void_p, c_char_p, c_char_p, c_int32, POINTER(c_void_p))),
+    "lococo_pool_release": (c_int, (c_void_p, c_void_p)),
+    "lococo_pool_flush": (c_int, (c_void_p, c_char_p)),
+    "lococo_pool_remove": (c_int, (c_void_p, c_char_p)),
+    "lococo_pool_find": (c_int, (c_void_p, c_char_p, POINTER(c_int))),
+    "lococo_pool_list": (c_int, (c_void_p, PlaceFn, c_void_p)),
+    "lococo_pool_get_info": (c_int, (c_void_p, POINTER(PoolInfo))),
 }
 
 

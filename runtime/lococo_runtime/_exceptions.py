@@ -12,7 +12,8 @@ LococoError
 ├── VersionError                           a schema or ABI version this release does not know
 ├── UnsupportedError                       a device, backend or dtype that is not available here
 ├── StateMismatchError                     a state of another bundle
-├── BusyError                              a session used from two threads at once
+├── BusyError                              a session, or a pool's directory, in use elsewhere
+├── PoolFullError                          every session that the pool's budget allows is acquired
 ├── ClosedError                            a model or session used after close
 ├── DeadSessionError                       an earlier backend error left the session unusable
 ├── StorageError (OSError)                 the operating system refused a read or a write
@@ -76,7 +77,11 @@ class StateMismatchError(LococoError):
 
 
 class BusyError(LococoError):
-    """A session used from two threads at once."""
+    """A session used from two threads at once, or acquired elsewhere; a pool's directory that another pool has."""
+
+
+class PoolFullError(LococoError):
+    """Every session that the pool's budget allows is acquired."""
 
 
 class ClosedError(LococoError):
