@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from . import _c_api as c
-from ._exceptions import ClosedError, InvalidArgumentError
+from ._exceptions import BusyError, ClosedError, InvalidArgumentError, NotFoundError
 from .session import Model, Session, _Handle
 
 Place = Literal["acquired", "memory", "disk"]
@@ -158,14 +157,12 @@ class SessionPool(_Handle):
         return found
 
     def __contains__(self, session_id: str) -> bool:
-        return session_id in self.sessions()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sessions())
-
-    def __len__(self) -> int:
-        info = self.info()
-        return info.num_acquired + info.num_idle + info.num_parked
+        place = ctypes.c_int()
+        try:
+            c.call("lococo_pool_find", self._open(), _encoded(session_id), ctypes.byref(place))
+        except NotFoundError:
+            return False
+        return True
 
     def info(self) -> PoolInfo:
         """Sizes and counts."""
@@ -187,9 +184,21 @@ class SessionPool(_Handle):
         """
         if self._handle:
             self.flush()
-            c.call("lococo_pool_destroy", self._handle)
-            self._handle = ctypes.c_void_p()
-            self.model._count(-1)
+            if acquired := self.info().num_acquired:
+                raise BusyError(f"pool: {acquired} sessions are acquired; release them first")
+            self._destroy()
+
+    def _destroy(self) -> None:
+        c.library().lococo_pool_destroy(self._handle)
+        self._handle = ctypes.c_void_p()
+        self.model._count(-1)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            try:
+                self.flush()
+            finally:  # nobody can reach it any more, nor any session of it
+                self._destroy()
 
 
 def _encoded(session_id: str) -> bytes:

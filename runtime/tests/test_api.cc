@@ -32,6 +32,14 @@ std::string bundle;
 lococo_model* model = nullptr;
 lococo_model_info info = {};
 
+std::vector<uint8_t> state_of(lococo_session* session) {
+  size_t size = 0;
+  OK(lococo_session_state_size(session, &size));
+  std::vector<uint8_t> bytes(size);
+  OK(lococo_session_state_get(session, bytes.data(), bytes.size()));
+  return bytes;
+}
+
 struct Session {
   lococo_session* handle = nullptr;
   Session() { OK(lococo_session_create(model, &handle)); }
@@ -56,13 +64,7 @@ struct Session {
     OK(lococo_session_live_slots(handle, &value));
     return value;
   }
-  [[nodiscard]] std::vector<uint8_t> state() const {
-    size_t size = 0;
-    OK(lococo_session_state_size(handle, &size));
-    std::vector<uint8_t> bytes(size);
-    OK(lococo_session_state_get(handle, bytes.data(), bytes.size()));
-    return bytes;
-  }
+  [[nodiscard]] std::vector<uint8_t> state() const { return state_of(handle); }
 };
 
 std::vector<int32_t> tokens(int n, int seed = 1) {
@@ -458,6 +460,87 @@ void dying(const TempDir& dir) {
   REFUSED(LOCOCO_ERROR_NOT_FOUND, "fusion_1.onnx", lococo_model_open(copy.c_str(), nullptr, &none));
 }
 
+// Eight threads on a pool of three sessions: every sequence is what it is alone.
+void pooling(const TempDir& dir) {
+  lococo_pool_options options = {};
+  lococo_pool* pool = nullptr;
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "struct_size", lococo_pool_create(model, &options, &pool));
+  options.struct_size = sizeof options;
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "directory", lococo_pool_create(model, &options, &pool));
+  const std::string directory = dir / "pool";
+  options.directory = directory.c_str();
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "one of budget_bytes", lococo_pool_create(model, &options, &pool));
+  options.budget_bytes = info.session_bytes - 1;
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "one session", lococo_pool_create(model, &options, &pool));
+  options.budget_bytes = 4 * info.session_bytes - 1;
+  OK(lococo_pool_create(model, &options, &pool));
+
+  constexpr int kRounds = 3;
+  constexpr int kSessions = 8;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kSessions; ++t) {
+    threads.emplace_back([&, t] {
+      for (int round = 0; round < kRounds; ++round) {
+        for (int each = 0; each < kSessions; ++each) {
+          lococo_session* session = nullptr;
+          OK(lococo_pool_acquire(pool, std::to_string((t + each) % kSessions).c_str(), nullptr, -1, &session));
+          prefill(session, tokens(5));
+          OK(lococo_pool_release(pool, session));
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  const Session alone;
+  for (int i = 0; i < kRounds * kSessions; ++i) prefill(alone, tokens(5));
+  lococo_session* session = nullptr;
+  for (int i = 0; i < kSessions; ++i) {
+    OK(lococo_pool_acquire(pool, std::to_string(i).c_str(), nullptr, 0, &session));
+    CHECK(state_of(session) == alone.state());
+    OK(lococo_pool_release(pool, session));
+  }
+
+  lococo_pool_info counts = {};
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "struct_size", lococo_pool_get_info(pool, &counts));
+  counts.struct_size = sizeof counts;
+  OK(lococo_pool_get_info(pool, &counts));
+  CHECK_EQ(counts.max_sessions, 3u);
+  CHECK_EQ(counts.num_idle, 3);
+  CHECK_EQ(counts.num_parked, 5);
+  OK(lococo_pool_flush(pool, nullptr));
+  CHECK_EQ(std::filesystem::file_size(directory + "/7.state"), kHeaderBytes + info.state_bytes);
+  std::string ids;
+  const auto collect = [](const char* id, lococo_place place, void* user) {
+    *static_cast<std::string*>(user) += std::string(id) + "amd"[place];
+    return *id == '6' ? 1 : 0;
+  };
+  OK(lococo_pool_list(pool, collect, &ids));
+  CHECK_EQ(ids, "0d1d2d3d4d5m6m");
+  lococo_place place = LOCOCO_PLACE_DISK;
+  OK(lococo_pool_find(pool, "7", &place));
+  CHECK_EQ(place, LOCOCO_PLACE_MEMORY);
+  OK(lococo_pool_remove(pool, "7"));
+  REFUSED(LOCOCO_ERROR_NOT_FOUND, "\"7\"", lococo_pool_find(pool, "7", &place));
+
+  OK(lococo_pool_acquire(pool, "from a pack", (directory + "/0.state").c_str(), 0, &session));
+  std::string log;
+  lococo_set_log_callback(
+      [](lococo_log_level, const char* text, void* user) { *static_cast<std::string*>(user) += text; }, &log);
+  lococo_session_destroy(session);  // logged and ignored, ...
+  lococo_pool_destroy(pool);        // ... and so is this
+  lococo_set_log_callback(nullptr, nullptr);
+  CHECK(log.find("lococo_session_destroy") != std::string::npos);
+  CHECK(log.find("lococo_pool_destroy") != std::string::npos);
+  lococo_session* copy = nullptr;
+  OK(lococo_session_clone(session, &copy));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "this pool", lococo_pool_release(pool, copy));
+  const Session cloned(copy);  // not the pool's
+  OK(lococo_pool_release(pool, session));
+  CHECK(cloned.state() == alone.state());
+  lococo_pool_destroy(pool);
+  lococo_pool_destroy(nullptr);
+}
+
 }  // namespace
 
 int main() {
@@ -478,6 +561,7 @@ int main() {
     refusing_states(dir);
     busy();
     dying(dir);
+    pooling(dir);
     lococo_model_close(model);
   }
   return finish();
