@@ -52,8 +52,7 @@ float next_sum(float sum, int32_t id) {
 
 class FakeExecutor final : public lococo::Executor {
  public:
-  explicit FakeExecutor(const Manifest& m)
-      : state_(m.state_bytes - 16), vocab_size_(static_cast<size_t>(m.vocab_size)) {
+  explicit FakeExecutor(const Manifest& m) : state_(nbytes(m)), vocab_size_(static_cast<size_t>(m.vocab_size)) {
     ++num_executors;
   }
   ~FakeExecutor() override { --num_executors; }
@@ -78,6 +77,12 @@ class FakeExecutor final : public lococo::Executor {
   void copy_from(Executor& other) override { state_ = static_cast<FakeExecutor&>(other).state_; }
 
  private:
+  static size_t nbytes(const Manifest& m) {  // of the state but position and past_length, its first tensors
+    size_t sum = 0;
+    for (size_t i = 2; i < m.state.size(); ++i) sum += m.state[i].nbytes();
+    return sum;
+  }
+
   std::vector<uint8_t> state_;
   size_t vocab_size_;
   float logits_[16] = {};
