@@ -104,7 +104,7 @@ class OrtBackend final : public Backend {
   }
 
   std::unique_ptr<Executor> create_executor() override;
-  [[nodiscard]] uint64_t executor_bytes() const override { return layout_.total_bytes; }
+  [[nodiscard]] uint64_t executor_bytes() const override { return layout_.total_bytes + kAlignment; }
   [[nodiscard]] const std::vector<int32_t>& widths() const override { return manifest_.widths; }
 
   [[nodiscard]] const Manifest& manifest() const { return manifest_; }
@@ -153,13 +153,13 @@ class OrtExecutor final : public Executor {
   explicit OrtExecutor(OrtBackend& backend)
       : backend_(backend),
         m_(backend.manifest()),
-        arena_(allocate(backend.layout().total_bytes), std::free),
+        memory_(std::calloc(backend.layout().total_bytes + kAlignment, 1), std::free),
+        arena_(aligned(memory_.get())),
         input_ids_(shared<int32_t>("input_ids")),
         position_ids_(shared<int32_t>("position_ids")),
         past_length_(shared<int32_t>("past_length")),
         num_tokens_(m_.block_size > 1 ? shared<int32_t>("num_tokens") : nullptr),
         logits_(shared<float>("logits")) {
-    OrtExecutor::reset();
     for (size_t i = 2; i < m_.state.size(); ++i) {  // past position and past_length: logits, then the cache
       const TensorSpec& t = m_.state[i];
       state_.push_back({backend_.layout().places.at(t.name), t.nbytes()});
@@ -220,7 +220,7 @@ class OrtExecutor final : public Executor {
   const float* logits() override { return logits_; }
 
   void reset() override {
-    std::memset(arena_.get(), 0, backend_.layout().total_bytes);
+    std::memset(arena_, 0, backend_.layout().total_bytes);
     current_ = 0;
   }
 
@@ -256,20 +256,20 @@ class OrtExecutor final : public Executor {
     bool is_score;
   };
 
-  static uint8_t* allocate(uint64_t nbytes) {
-    void* memory = std::aligned_alloc(kAlignment, nbytes);
+  // Pages that calloc takes from the system are zero, and cost nothing until they are used.
+  static uint8_t* aligned(void* memory) {
     if (memory == nullptr) throw std::bad_alloc();
-    return static_cast<uint8_t*>(memory);
+    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory) + kAlignment - 1) / kAlignment * kAlignment);
   }
 
   [[nodiscard]] uint8_t* address(const Place& place) const { return address(place, current_); }
   [[nodiscard]] uint8_t* address(const Place& place, int current) const {
     const int set = place.set == Layout::Set::kCurrent ? current : place.set == Layout::Set::kOther ? 1 - current : 0;
-    return arena_.get() + place.offset + static_cast<uint64_t>(set) * backend_.layout().set_bytes;
+    return arena_ + place.offset + static_cast<uint64_t>(set) * backend_.layout().set_bytes;
   }
   template <typename T>
   [[nodiscard]] T* shared(const std::string& name) const {
-    return reinterpret_cast<T*>(arena_.get() + backend_.layout().places.at(name).offset);
+    return reinterpret_cast<T*>(arena_ + backend_.layout().places.at(name).offset);
   }
 
   [[nodiscard]] Owner<ort::IoBinding> new_binding(ort::Session* session) const {
@@ -316,7 +316,8 @@ class OrtExecutor final : public Executor {
 
   OrtBackend& backend_;
   const Manifest& m_;
-  std::unique_ptr<uint8_t, void (*)(void*)> arena_;
+  std::unique_ptr<void, void (*)(void*)> memory_;
+  uint8_t* arena_;         // in it, aligned
   int32_t* input_ids_;     // [1, B]
   int32_t* position_ids_;  // [1]
   int32_t* past_length_;   // [1]
