@@ -19,16 +19,30 @@ uint64_t mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Refuses what cannot come out of a sound model.
-void check_logits(const float* logits, int32_t vocab_size) {
-  float highest = -INFINITY;
-  bool nan = false;
-  for (int32_t id = 0; id < vocab_size; ++id) {
-    highest = logits[id] > highest ? logits[id] : highest;
-    nan |= std::isnan(logits[id]);
+// The highest of x[0..n), in lanes that do not wait for each other; +infinity if one of them is NaN.
+float highest_of(const float* x, size_t n) {
+  constexpr size_t kLanes = 8;
+  float highest[kLanes];
+  uint32_t wrong[kLanes] = {};
+  std::fill(highest, highest + kLanes, -INFINITY);
+  const auto look = [&](size_t i, size_t lane) {
+    highest[lane] = x[i] > highest[lane] ? x[i] : highest[lane];
+    wrong[lane] |= static_cast<uint32_t>(!(x[i] < INFINITY));
+  };
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (size_t lane = 0; lane < kLanes; ++lane) look(i + lane, lane);
   }
-  if (nan || highest == INFINITY) {
-    const float* wrong = std::find_if(logits, logits + vocab_size, [](float x) { return !(x < INFINITY); });
+  for (; i < n; ++i) look(i, 0);
+  if (std::any_of(wrong, wrong + kLanes, [](uint32_t w) { return w != 0; })) return INFINITY;
+  return *std::max_element(highest, highest + kLanes);
+}
+
+// The highest logit; refuses what cannot come out of a sound model.
+float check_logits(const float* logits, size_t n) {
+  const float highest = highest_of(logits, n);
+  if (highest == INFINITY) {
+    const float* wrong = std::find_if(logits, logits + n, [](float x) { return !(x < INFINITY); });
     fail(LOCOCO_ERROR_BACKEND,
          "logits: expected finite numbers, got %s for token id %d; the weights are damaged or overflow this dtype, "
          "export with a wider one",
@@ -36,8 +50,9 @@ void check_logits(const float* logits, int32_t vocab_size) {
   }
   if (highest == -INFINITY) {
     fail(LOCOCO_ERROR_BACKEND,
-         "logits: expected finite numbers, got -infinity for all %d tokens; the weights are damaged", vocab_size);
+         "logits: expected finite numbers, got -infinity for all %zu tokens; the weights are damaged", n);
   }
+  return highest;
 }
 
 // Sorts by value, then by index.
@@ -50,6 +65,7 @@ uint64_t sort_key(float value, size_t index) {
 }
 
 size_t index_of(uint64_t key) { return static_cast<uint32_t>(key); }
+uint32_t value_of(uint64_t key) { return static_cast<uint32_t>(key >> 32); }  // keeps the order of values
 
 void check_number(const char* name, double value, bool ok, const char* expected) {
   if (!std::isfinite(static_cast<float>(value)) || !ok) {
@@ -97,7 +113,8 @@ Sampler::Sampler(int32_t vocab_size)
       ids_(static_cast<size_t>(vocab_size)),
       scores_(static_cast<size_t>(vocab_size)),
       weights_(static_cast<size_t>(vocab_size)),
-      order_(static_cast<size_t>(vocab_size)) {}
+      order_(static_cast<size_t>(vocab_size)),
+      buckets_(kBuckets) {}
 
 void Sampler::check(const lococo_sampling_params& p) const {
   if (p.struct_size != sizeof(lococo_sampling_params)) {
@@ -141,8 +158,8 @@ bool Sampler::is_plain_greedy(const lococo_sampling_params& p) {
 }
 
 int32_t Sampler::process(const float* logits, const TokenCounts& token_counts, const lococo_sampling_params& p) {
-  check_logits(logits, vocab_size_);
   const auto n = static_cast<size_t>(vocab_size_);
+  check_logits(logits, n);
   const int32_t* counts = token_counts.data();
   float* scores = scores_.data();
   std::copy(logits, logits + n, scores);
@@ -168,18 +185,16 @@ int32_t Sampler::process(const float* logits, const TokenCounts& token_counts, c
       if ((p.allowed_tokens[i / 32] >> (i % 32) & 1) == 0) scores[i] = -INFINITY;
     }
   }
-  const auto best = static_cast<int32_t>(std::max_element(scores, scores + n) - scores);
-  if (scores[best] == -INFINITY) {
-    fail(LOCOCO_ERROR_INVALID_ARGUMENT,
-         "%s: expected to leave at least one token, left none; no token that is allowed has a chance",
+  const float highest = highest_of(scores, n);
+  if (highest == -INFINITY) {
+    fail(LOCOCO_ERROR_INVALID_ARGUMENT, "%s: expected to leave at least one token, left none",
          p.allowed_tokens != nullptr ? "allowed_tokens" : "logit_bias and penalties");
   }
-  if (!(scores[best] < INFINITY) || std::isnan(scores[best])) {
+  if (highest == INFINITY) {
     fail(LOCOCO_ERROR_INVALID_ARGUMENT,
-         "logit_bias and penalties: expected logits that stay in the range of float32, got infinity for token id %d",
-         best);
+         "logit_bias and penalties: expected them to leave logits in the range of float32, got infinity");
   }
-  return best;
+  return static_cast<int32_t>(std::find(scores, scores + n, highest) - scores);
 }
 
 template <typename F>
@@ -199,35 +214,48 @@ double Sampler::total() const {
   return std::accumulate(weights_.begin(), weights_.begin() + static_cast<ptrdiff_t>(size_), 0.0);
 }
 
-// Walks candidates in the order of order_[0..n), adding up probabilities to `reached`: the key of the first at which
-// is_over(sum), or of the last. Halves the range that holds it, which takes linear time.
-template <typename F>
-uint64_t Sampler::find_cut(size_t n, float total, double reached, F&& is_over) {
+// Walks candidates in the order of order_[0..n), adding up their weights: the key of the first at which is_over(sum),
+// or of the last. First by buckets, the leading bits of keys, then by halving what is left; no step sorts more than it
+// must.
+template <typename W, typename F>
+uint64_t Sampler::find_cut(size_t n, W&& weight, F&& is_over) {
+  const auto bucket_of = [](uint64_t key) { return static_cast<size_t>(key >> (64 - kBucketBits)); };
+  std::fill(buckets_.begin(), buckets_.end(), 0.0);
+  size_t last = 0;
+  for (size_t i = 0; i < n; ++i) {
+    buckets_[bucket_of(order_[i])] += weight(index_of(order_[i]));
+    last = std::max(last, bucket_of(order_[i]));
+  }
+  double reached = 0;
+  size_t bucket = 0;
+  while (bucket < last && !is_over(reached + buckets_[bucket])) reached += buckets_[bucket++];
+
+  const auto begin = order_.begin();
+  const auto is_elsewhere = [&](uint64_t key) { return bucket_of(key) != bucket; };
   size_t low = 0;
-  size_t high = n - 1;
+  size_t high = static_cast<size_t>(std::remove_if(begin, begin + static_cast<ptrdiff_t>(n), is_elsewhere) - begin) - 1;
   while (low < high) {
     const size_t middle = low + (high - low) / 2;
-    const auto begin = order_.begin();
     std::nth_element(begin + static_cast<ptrdiff_t>(low), begin + static_cast<ptrdiff_t>(middle),
                      begin + static_cast<ptrdiff_t>(high) + 1);
-    double mass = 0;
-    for (size_t i = low; i <= middle; ++i) mass += probability(index_of(order_[i]), total);
-    if (is_over(reached + mass)) {
+    double sum = reached;
+    for (size_t i = low; i <= middle; ++i) sum += weight(index_of(order_[i]));
+    if (is_over(sum)) {
       high = middle;
     } else {
-      reached += mass;
+      reached = sum;
       low = middle + 1;
     }
   }
   return order_[low];
 }
 
-void Sampler::keep_top_k(int32_t k) {
-  if (static_cast<size_t>(k) >= size_) return;
+void Sampler::keep_top_k(size_t k) {
+  if (k >= size_) return;
   for (size_t i = 0; i < size_; ++i) order_[i] = sort_key(scores_[i], i);
-  const auto last = order_.begin() + static_cast<ptrdiff_t>(size_) - k;  // of the k
-  std::nth_element(order_.begin(), last, order_.begin() + static_cast<ptrdiff_t>(size_));
-  const float lowest = scores_[index_of(*last)];
+  const auto dropped = static_cast<double>(size_ - k);
+  const uint64_t cut = find_cut(size_, [](size_t) { return 1; }, [dropped](double count) { return count > dropped; });
+  const float lowest = scores_[index_of(cut)];
   keep_if([&](size_t i) { return scores_[i] >= lowest; });
 }
 
@@ -235,17 +263,10 @@ void Sampler::keep_top_k(int32_t k) {
 void Sampler::keep_top_p(double top_p) {
   const auto limit = static_cast<float>(1 - top_p);
   const auto sum = static_cast<float>(total());
-  const float floor = limit / static_cast<float>(size_);  // those below have less than `limit` together
-  double reached = 0;
-  size_t n = 0;
-  for (size_t i = 0; i < size_; ++i) {
-    if (probability(i, sum) < floor) {
-      reached += probability(i, sum);
-    } else {
-      order_[n++] = sort_key(scores_[i], i);
-    }
-  }
-  const uint64_t cut = find_cut(n, sum, reached, [limit](double mass) { return static_cast<float>(mass) > limit; });
+  for (size_t i = 0; i < size_; ++i) order_[i] = sort_key(scores_[i], i);
+  const uint64_t cut = find_cut(
+      size_, [&](size_t i) { return probability(i, sum); },
+      [limit](double mass) { return static_cast<float>(mass) > limit; });
   keep_if([&](size_t i) { return sort_key(scores_[i], i) >= cut; });
 }
 
@@ -257,11 +278,10 @@ void Sampler::keep_min_p(double min_p) {
 
 // Kept are those whose surprise is nearest to the entropy, while their probabilities add up to less than typical_p,
 // and one more; arXiv 2202.00666, section 4.
-void Sampler::keep_typical(double typical_p) {
+void Sampler::keep_typical(double typical_p, float highest) {
   const double exact_sum = total();
   const auto sum = static_cast<float>(exact_sum);
   const double log_sum = std::log(exact_sum);
-  const float highest = *std::max_element(scores_.begin(), scores_.begin() + static_cast<ptrdiff_t>(size_));
   const auto surprise = [&](size_t i) {
     return static_cast<float>(log_sum - static_cast<double>(scores_[i] - highest));
   };
@@ -269,12 +289,13 @@ void Sampler::keep_typical(double typical_p) {
   for (size_t i = 0; i < size_; ++i) {
     if (weights_[i] > 0) entropy += static_cast<double>(surprise(i)) * probability(i, sum);
   }
-  const auto distance = [&](size_t i) { return std::abs(surprise(i) - static_cast<float>(entropy)); };
-  for (size_t i = 0; i < size_; ++i) order_[i] = sort_key(distance(i), i);
+  const auto target = static_cast<float>(entropy);
+  for (size_t i = 0; i < size_; ++i) order_[i] = sort_key(std::abs(surprise(i) - target), i);
   const auto share = static_cast<float>(typical_p);
-  const uint64_t cut = find_cut(size_, sum, 0, [share](double mass) { return static_cast<float>(mass) >= share; });
-  const float farthest = distance(index_of(cut));
-  keep_if([&](size_t i) { return distance(i) <= farthest; });
+  const uint64_t cut = find_cut(
+      size_, [&](size_t i) { return probability(i, sum); },
+      [share](double mass) { return static_cast<float>(mass) >= share; });
+  keep_if([&](size_t i) { return value_of(sort_key(std::abs(surprise(i) - target), i)) <= value_of(cut); });
 }
 
 void Sampler::warp(const lococo_sampling_params& p, int32_t best) {
@@ -290,11 +311,11 @@ void Sampler::warp(const lococo_sampling_params& p, int32_t best) {
     scores_[size_] = (scores_[id] - shift) / temperature;
     ++size_;
   }
-  if (p.top_k > 0) keep_top_k(p.top_k);
-  for (size_t i = 0; i < size_; ++i) weights_[i] = std::exp(static_cast<double>(scores_[i] - highest));
+  if (p.top_k > 0) keep_top_k(static_cast<size_t>(p.top_k));
+  for (size_t i = 0; i < size_; ++i) weights_[i] = std::exp(scores_[i] - highest);
   if (is_cut(p.top_p)) keep_top_p(p.top_p);
   if (p.min_p > 0) keep_min_p(p.min_p);
-  if (is_cut(p.typical_p)) keep_typical(p.typical_p);
+  if (is_cut(p.typical_p)) keep_typical(p.typical_p, highest);
 }
 
 int32_t Sampler::sample(const float* logits, const TokenCounts& counts, const lococo_sampling_params& params,
@@ -322,8 +343,8 @@ void Sampler::distribution(const float* logits, const TokenCounts& counts, const
     return;
   }
   warp(params, best);
-  const double sum = total();
-  for (size_t i = 0; i < size_; ++i) probabilities[ids_[i]] = static_cast<float>(weights_[i] / sum);
+  const auto sum = static_cast<float>(total());
+  for (size_t i = 0; i < size_; ++i) probabilities[ids_[i]] = probability(i, sum);
 }
 
 void Sampler::logprobs(const float* logits, int32_t id, int32_t n, float* logprob, int32_t* top_ids,
@@ -332,17 +353,15 @@ void Sampler::logprobs(const float* logits, int32_t id, int32_t n, float* logpro
   if (n < 0 || n > vocab_size_) {
     fail(LOCOCO_ERROR_INVALID_ARGUMENT, "n: expected 0 to %d, the size of the vocabulary, got %d", vocab_size_, n);
   }
-  check_logits(logits, vocab_size_);
   const auto size = static_cast<size_t>(vocab_size_);
-  const double highest = *std::max_element(logits, logits + size);
+  const float highest = check_logits(logits, size);
   double sum = 0;
   for (size_t i = 0; i < size; ++i) sum += std::exp(logits[i] - highest);
   const double log_sum = highest + std::log(sum);
   *logprob = static_cast<float>(logits[id] - log_sum);
   if (n == 0) return;
   for (size_t i = 0; i < size; ++i) order_[i] = ~sort_key(logits[i], ~static_cast<uint32_t>(i));
-  std::nth_element(order_.begin(), order_.begin() + n - 1, order_.end());
-  std::sort(order_.begin(), order_.begin() + n);
+  std::partial_sort(order_.begin(), order_.begin() + n, order_.end());
   for (int32_t i = 0; i < n; ++i) {
     top_ids[i] = static_cast<int32_t>(index_of(order_[static_cast<size_t>(i)]));
     top_logprobs[i] = static_cast<float>(logits[top_ids[i]] - log_sum);

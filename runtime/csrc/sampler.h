@@ -55,22 +55,26 @@ class Sampler {
   void logprobs(const float* logits, int32_t id, int32_t n, float* logprob, int32_t* top_ids, float* top_logprobs);
 
   static uint64_t nbytes(int32_t vocab_size) {
-    return static_cast<uint64_t>(vocab_size) * (sizeof(int32_t) + sizeof(float) + sizeof(double) + sizeof(uint64_t));
+    const uint64_t a_token = sizeof(int32_t) + 2 * sizeof(float) + sizeof(uint64_t);
+    return static_cast<uint64_t>(vocab_size) * a_token + kBuckets * sizeof(double);
   }
 
  private:
+  static constexpr int kBucketBits = 12;  // sign, exponent and three bits of the fraction
+  static constexpr size_t kBuckets = size_t{1} << kBucketBits;
+
   // Scores of all tokens, bias, penalties and mask applied: ids_, scores_. Returns the likeliest.
   int32_t process(const float* logits, const TokenCounts& counts, const lococo_sampling_params& params);
   // Then the candidates that are left, in order of id: ids_, scores_, weights_ [0..size_).
   void warp(const lococo_sampling_params& params, int32_t best);
-  void keep_top_k(int32_t k);
+  void keep_top_k(size_t k);
   void keep_top_p(double top_p);
   void keep_min_p(double min_p);
-  void keep_typical(double typical_p);
+  void keep_typical(double typical_p, float highest);
   [[nodiscard]] double total() const;  // of weights_
-  [[nodiscard]] float probability(size_t i, float total) const { return static_cast<float>(weights_[i]) / total; }
-  template <typename F>
-  uint64_t find_cut(size_t n, float total, double reached, F&& is_over);
+  [[nodiscard]] float probability(size_t i, float total) const { return weights_[i] / total; }
+  template <typename W, typename F>
+  uint64_t find_cut(size_t n, W&& weight, F&& is_over);
   template <typename F>
   void keep_if(F&& kept);
 
@@ -78,8 +82,9 @@ class Sampler {
   size_t size_ = 0;              // candidates
   std::vector<int32_t> ids_;     // (vocab_size)
   std::vector<float> scores_;    // (vocab_size)
-  std::vector<double> weights_;  // (vocab_size): exp(score - highest)
+  std::vector<float> weights_;   // (vocab_size): exp(score - highest)
   std::vector<uint64_t> order_;  // (vocab_size): sort keys, candidates by value and then by index
+  std::vector<double> buckets_;  // (kBuckets)
 };
 
 }  // namespace lococo

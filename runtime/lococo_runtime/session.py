@@ -227,7 +227,7 @@ class Session(_Handle):
             InvalidArgumentError: params.stop is set, or only one of params.logprobs and logprobs is.
             see `prefill` and `sample`.
         """
-        params = self._for_tokens(params, logprobs)
+        params = self._for_tokens(ids, params, logprobs)
         if len(ids):
             self.prefill(ids)
         return self._generate(params, logprobs)
@@ -256,7 +256,7 @@ class Session(_Handle):
 
         Greedy decoding on a GPU then runs whole windows of steps, from one fusion to the next, as one launch.
         """
-        params = self._for_tokens(params, logprobs)
+        params = self._for_tokens(ids, params, logprobs)
         if len(ids):
             self.prefill(ids)
         if logprobs is not None:
@@ -272,12 +272,24 @@ class Session(_Handle):
         c.call("lococo_session_generate", self._open(), ctypes.byref(native), params.max_tokens, on_token, None, None)
         return tokens
 
-    def _for_tokens(self, params: SamplingParams | None, logprobs: list[TokenLogprobs] | None) -> SamplingParams:
+    def _for_tokens(
+        self, ids: TokenIds, params: SamplingParams | None, logprobs: list[TokenLogprobs] | None
+    ) -> SamplingParams:
+        """Refuses what generation would refuse, before it reads `ids`."""
         params = params or SamplingParams()
         if params.stop:
             raise InvalidArgumentError("stop: a session has token ids and no text; use LLM, or stop_token_ids")
         if (params.logprobs is None) != (logprobs is None):
             raise InvalidArgumentError("logprobs: expected both params.logprobs and a list to fill, or neither")
+        for name, named in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if wrong := [i for i in named if i >= self.model.vocab_size]:
+                raise InvalidArgumentError(
+                    f"{name}: expected token ids from 0 to {self.model.vocab_size - 1}, got {wrong[0]}"
+                )
+        if (room := 2**31 - 1 - self.position - len(ids)) < params.max_tokens:
+            raise InvalidArgumentError(
+                f"max_tokens: expected at most {room} at this position, got {params.max_tokens}; reset the session"
+            )
         return params
 
     def _native(self, params: SamplingParams | None, allowed_tokens: TokenMask | None = None) -> c.CSamplingParams:
