@@ -26,7 +26,8 @@ typedef struct id_list {
   size_t n;
 } id_list;
 
-/* Token ids from standard input: of the next line that has any, or of all lines to the end. n is 0 if there are none. */
+/* Token ids from standard input: of the next line that has any, or of all lines to the end. n is 0 if there are none.
+ */
 static inline id_list read_ids(int whole) {
   id_list list = {NULL, 0};
   size_t room = 0;
