@@ -35,7 +35,7 @@ from lococo_runtime._exceptions import (
     UnsupportedModelError,
     VersionError,
 )
-from lococo_runtime.bundle import LococoConfig, ModelGeometry, storage_error
+from lococo_runtime.bundle import LococoConfig, ModelGeometry, parse_json, read_bounded, storage_error
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -58,10 +58,11 @@ MAX_LISTED = 20
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NUMBER = "(0|[1-9][0-9]{0,3})"  # int() takes more: leading zeros, other scripts' digits, and no more than 4300
 _MERGED_HEAD = re.compile(
-    r"model\.layers\.(\d+)\.self_attn\.memory_saver\.(?:(normalizer)|layers\.(\d+)\.(weight|bias))"
+    rf"model\.layers\.{_NUMBER}\.self_attn\.memory_saver\.(?:(normalizer)|layers\.{_NUMBER}\.(weight|bias))"
 )
-_OUR_HEAD = re.compile(r"layers\.(\d+)\.(?:(normalizer)|conv\.(\d+)\.(weight|bias))")
+_OUR_HEAD = re.compile(rf"layers\.{_NUMBER}\.(?:(normalizer)|conv\.{_NUMBER}\.(weight|bias))")
 
 
 @dataclass(frozen=True)
@@ -241,12 +242,12 @@ def load_checkpoint(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(read_bounded(path), str(path), "download or write it again", allow_nan=True)
     except FileNotFoundError as e:
         raise NotFoundError(f"{path}: not found; expected a Hugging Face model directory") from e
     except OSError as e:
         raise storage_error(e, path) from e
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except UnicodeDecodeError as e:
         raise CorruptError(f"{path}: not valid JSON: {e}; download or write it again") from e
     if not isinstance(document, dict):
         raise CorruptError(f"{path}: expected a JSON object, got {type(document).__name__}")

@@ -9,6 +9,7 @@ rotations are composed by complex multiplication, which float32 does to better t
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ Table = npt.NDArray[np.float32]
 def _number(rope: dict[str, Any], name: str, default: float | None = None) -> float:
     value = rope.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"rope: {rope.get('type')}: {name}: expected a number above 0, got {value!r}")
     return float(value)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lococo_runtime._exceptions import CorruptError, VersionError
-from lococo_runtime.bundle import DTYPE_BYTES, TensorSpec
+from lococo_runtime.bundle import DTYPE_BYTES, TensorSpec, parse_json
 
 ENGINES_NAME = "engines.json"
 ENGINES_DIRECTORY = "engines"  # in a bundle; one directory for each key in it
@@ -161,10 +161,7 @@ class Engines:
             CorruptError: not JSON, a missing field, a wrong type, or a derived field that contradicts the rest.
             VersionError: a schema version this release does not know.
         """
-        try:
-            d = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise CorruptError(f"{source}: not valid JSON: {e}; build the engines again") from e
+        d = parse_json(text, source, "build the engines again")
         if not isinstance(d, dict) or d.get("format") != FORMAT_NAME:
             raise CorruptError(f'{source}: expected "format": "{FORMAT_NAME}"; build the engines again')
         if d.get("schema_version") != SCHEMA_VERSION:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lococo_runtime._exceptions import CorruptError, NotFoundError, UnsupportedError, VersionError
-from lococo_runtime.bundle import Manifest, read_manifest, sha256_file
+from lococo_runtime.bundle import Manifest, read_bounded, read_manifest, sha256_file
 
 from .metadata import ENGINES_DIRECTORY, ENGINES_NAME, Engines
 
@@ -46,7 +46,7 @@ def read_engines(directory: Path) -> Engines:
     """
     path = directory / ENGINES_NAME
     try:
-        return Engines.from_json(path.read_text(encoding="utf-8"), str(path))
+        return Engines.from_json(read_bounded(path), str(path))
     except (FileNotFoundError, NotADirectoryError) as e:
         raise NotFoundError(f"{path}: not found; expected engines as written by lococo-build") from e
     except UnicodeDecodeError as e:

@@ -45,6 +45,11 @@ ACTIVATIONS = ("none", "relu", "silu", "gelu", "tanh")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
 
+MAX_DIM = 1 << 24
+"""The most of one axis of the model or the cache, as in the C library; a damaged file cannot ask for more memory."""
+MAX_LAYERS = 4096
+MAX_JSON_BYTES = 16 << 20
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -78,9 +83,20 @@ class LococoConfig:
 
     def __post_init__(self) -> None:
         _require(self.policy in POLICIES, f"policy: expected one of {', '.join(POLICIES)}, got {self.policy!r}")
-        for name in ("mem_size", "keep", "block_size", "local_len", "buffer", "kernel_size", "num_conv_layers"):
+        sizes = (
+            "mem_size",
+            "keep",
+            "block_size",
+            "local_len",
+            "buffer",
+            "kernel_size",
+            "num_conv_layers",
+            "conv_expand",
+        )
+        for name in sizes:
             value = getattr(self, name)
             _require(type(value) is int, f"{name}: expected an integer, got {value!r}")
+            _require(value <= MAX_DIM, f"{name}: expected at most {MAX_DIM}, got {value}")
         _require(self.mem_size >= 1, f"mem_size: expected at least 1 slot, got {self.mem_size}")
         _require(self.block_size >= 1, f"block_size: expected at least 1 token, got {self.block_size}")
         _require(self.buffer >= 0, f"buffer: expected at least 0 slots, got {self.buffer}")
@@ -182,11 +198,18 @@ class ModelGeometry:
         ):
             value = getattr(self, name)
             _require(type(value) is int and value >= 1, f"{name}: expected a positive integer, got {value!r}")
+            limit = MAX_LAYERS if name == "num_layers" else MAX_DIM
+            _require(value <= limit, f"{name}: expected at most {limit}, got {value}")
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads: expected a multiple of num_kv_heads={self.num_kv_heads}, got {self.num_heads}",
         )
         _require(self.head_dim % 2 == 0, f"head_dim: rotary embedding needs an even number, got {self.head_dim}")
+        _require(isinstance(self.rope, dict), f"rope: expected an object, got {self.rope!r}")
+        ids = self.eos_token_ids
+        _require(
+            isinstance(ids, list) and all(type(i) is int for i in ids), f"eos_token_ids: expected integers, got {ids!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -304,10 +327,7 @@ class Manifest:
             CorruptError: not JSON, a missing field, or a derived field that contradicts the rest.
             VersionError: a schema version this release does not know.
         """
-        try:
-            d = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise CorruptError(f"{source}: not valid JSON: {e}; export the bundle again") from e
+        d = parse_json(text, source, "export the bundle again")
         if not isinstance(d, dict) or d.get("format") != FORMAT_NAME:
             raise CorruptError(f'{source}: expected "format": "{FORMAT_NAME}"; this is not a bundle manifest')
         state = d.get("state")
@@ -323,19 +343,22 @@ class Manifest:
                 producer=d["producer"],
                 model=_dataclass_from(ModelGeometry, d["model"]),
                 cache=_dataclass_from(LococoConfig, d["cache"]),
-                dtype=d["dtype"],
-                batch_size=d["batch_size"],
+                dtype=check_model_dtype(d["dtype"]),
+                batch_size=_of_type(int, d["batch_size"]),
                 graphs=tuple(
                     GraphSpec(
-                        g["kind"],
-                        g["tokens"],
-                        g["file"],
+                        _of_type(str, g["kind"]),
+                        _of_type(int, g["tokens"]),
+                        _of_type(str, g["file"]),
                         tuple(_tensor_from(t) for t in g["inputs"]),
                         tuple(_tensor_from(t) for t in g["outputs"]),
                     )
                     for g in d["graphs"]
                 ),
-                files=tuple(FileEntry(f["path"], f["nbytes"], f["sha256"]) for f in d["files"]),
+                files=tuple(
+                    FileEntry(_of_type(str, f["path"]), _of_type(int, f["nbytes"]), _of_type(str, f["sha256"]))
+                    for f in d["files"]
+                ),
                 tokenizer=d["tokenizer"],
                 provenance=d["provenance"],
             )
@@ -344,7 +367,7 @@ class Manifest:
                 and [_tensor_json(t) for t in manifest.state] == d["state"]["tensors"]
                 and d["state"]["nbytes"] == manifest.state_bytes
             )
-        except (KeyError, TypeError, AttributeError, ConfigError) as e:
+        except (KeyError, TypeError, AttributeError, ConfigError, InvalidArgumentError) as e:
             raise CorruptError(f"{source}: malformed manifest: {type(e).__name__}: {e}") from e
         if not consistent:
             raise CorruptError(f"{source}: bundle_id or state contradict the rest of the manifest; it was edited")
@@ -364,7 +387,16 @@ def _tensor_json(t: TensorSpec) -> dict[str, Any]:
 
 
 def _tensor_from(d: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(d["name"], tuple(d["shape"]), d["dtype"])
+    tensor = TensorSpec(_of_type(str, d["name"]), tuple(_of_type(int, n) for n in d["shape"]), d["dtype"])
+    if tensor.dtype not in DTYPE_BYTES or min(tensor.shape, default=1) < 1:
+        raise TypeError(f"tensor {tensor.name}: unknown dtype {tensor.dtype!r} or empty shape {list(tensor.shape)}")
+    return tensor
+
+
+def _of_type(kind: type[_T], value: Any) -> _T:
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value
 
 
 # --- the tensors of state and graphs -------------------------------------------------------------------------------
@@ -476,6 +508,29 @@ def file_entry(root: Path, name: str) -> FileEntry:
     return FileEntry(name, path.stat().st_size, sha256_file(path))
 
 
+def read_bounded(path: Path) -> str:
+    """The text of a file, or so much of it that `parse_json` refuses it. Raises OSError, UnicodeDecodeError."""
+    with path.open("rb") as f:
+        return f.read(MAX_JSON_BYTES + 1).decode("utf-8")
+
+
+def parse_json(text: str, source: str, advice: str, *, allow_nan: bool = False) -> Any:
+    """The JSON document in `text`, which anybody may have written; `allow_nan` lets NaN and infinity pass, as Python does.
+
+    Raises:
+        CorruptError: more than 16 MiB, no JSON, nested too deep, or with what JSON or UTF-8 cannot hold: NaN, infinity,
+            half a surrogate pair.
+    """
+    try:
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"expected at most {MAX_JSON_BYTES} characters")
+        document = json.loads(text)
+        json.dumps(document, ensure_ascii=False, allow_nan=allow_nan).encode()
+    except (ValueError, RecursionError) as e:
+        raise CorruptError(f"{source}: not valid JSON: {e}; {advice}") from e
+    return document
+
+
 def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     """The checked manifest of a bundle directory; files are not opened.
 
@@ -485,7 +540,7 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(bundle) / MANIFEST_NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise NotFoundError(f"{path}: not found; expected a bundle directory as written by lococo-export") from e
     except UnicodeDecodeError as e:
