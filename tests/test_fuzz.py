@@ -51,7 +51,7 @@ def test_documents_that_python_would_take_or_choke_on(text: str, reason: str) ->
 
 def edited(change: Any) -> str:
     """The manifest of the corpus, sound but for what `change` does to it."""
-    document = json.loads(targets.corpus("python_manifest")["whole"])
+    document = json.loads(targets.corpus("python_manifest")["lococo.json"])
     change(document)
     text = json.dumps(document)
     return text.replace("BUNDLE_ID", targets.bundle_id(text.encode()))

@@ -13,7 +13,11 @@ namespace {
 
 class MemoryExecutor : public lococo::Executor {
  public:
-  explicit MemoryExecutor(const lococo::Manifest& m) : m_(m), state_(m.state_bytes - 16) {}
+  explicit MemoryExecutor(const lococo::Manifest& m) : m_(m) {
+    uint64_t bytes = 0;
+    for (const lococo::TensorSpec& t : m.state) bytes += t.nbytes();
+    state_.resize(bytes - 16);  // less position and past_length
+  }
 
   void forward(const lococo::Forward& f, const int32_t* /*ids*/, int64_t position, int32_t length,
                float* /*all_logits*/) override {

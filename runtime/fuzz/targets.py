@@ -2,7 +2,7 @@
 
 A target takes bytes. It may raise nothing but LococoError, which it catches: anything else is a finding, and so is a
 document that is accepted although it does not survive being written and read again. `python targets.py NAME
-[libFuzzer options] CORPUS...` runs one under atheris; the tests call them with `mutations` of the corpus.
+[libFuzzer options] [FOLDER...]` runs one under atheris, from its corpus on; the tests use `mutations` of the corpus.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+MANIFEST = HERE.parent / "tests/data/lococo.json"
 if __name__ == "__main__":
     import atheris
 
@@ -164,8 +165,13 @@ TARGETS: dict[str, Callable[[bytes], bool]] = {
 
 
 def corpus(name: str) -> dict[str, bytes]:
-    """The committed inputs of a target."""
-    return {path.name: path.read_bytes() for path in sorted((HERE / "corpus" / name).iterdir())}
+    """The committed inputs of a target, the manifest of the C tests among them."""
+    folder = HERE / "corpus" / name
+    inputs = {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.exists() else {}
+    if name == "python_manifest":
+        data = MANIFEST.read_bytes()
+        inputs["lococo.json"] = data.replace(json.loads(data)["bundle_id"].encode(), b"BUNDLE_ID")
+    return inputs
 
 
 def mutations(inputs: list[bytes], count: int, seed: int = 1) -> Iterator[bytes]:
@@ -197,7 +203,12 @@ def mutations(inputs: list[bytes], count: int, seed: int = 1) -> Iterator[bytes]
 
 
 if __name__ == "__main__":
-    target = TARGETS[sys.argv.pop(1)]
+    name = sys.argv.pop(1)
+    target = TARGETS[name]
+    seeds = directory() / "seeds"
+    seeds.mkdir()
+    for file, content in corpus(name).items():
+        (seeds / file).write_bytes(content)
 
     def run(data: bytes) -> None:
         target(data)
@@ -208,5 +219,5 @@ if __name__ == "__main__":
         mutated: bytes = atheris.Mutate(data, max_size)
         return mutated
 
-    atheris.Setup(sys.argv, run, custom_mutator=mutate)
+    atheris.Setup([*sys.argv, str(seeds)], run, custom_mutator=mutate)
     atheris.Fuzz()

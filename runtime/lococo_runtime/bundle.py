@@ -515,7 +515,7 @@ def read_bounded(path: Path) -> str:
 
 
 def parse_json(text: str, source: str, advice: str, *, allow_nan: bool = False) -> Any:
-    """The JSON document in `text`, which anybody may have written; `allow_nan` lets NaN and infinity pass, as Python does.
+    """The JSON document in `text`, which anybody may have written; `allow_nan` lets NaN and infinity pass.
 
     Raises:
         CorruptError: more than 16 MiB, no JSON, nested too deep, or with what JSON or UTF-8 cannot hold: NaN, infinity,
