@@ -249,6 +249,45 @@ void generating() {
   OK(lococo_session_sample(fresh, &params, &first));
   CHECK_EQ(first, drawn(7)[0]);
 
+  const auto n = static_cast<size_t>(info.vocab_size);
+  std::vector<float> probabilities(n);
+  OK(lococo_session_distribution(fresh, &params, probabilities.data()));
+  CHECK(probabilities[static_cast<size_t>(first)] > 0);
+  CHECK(std::count(probabilities.begin(), probabilities.end(), 0.0f) >= static_cast<std::ptrdiff_t>(n) - 20);
+  OK(lococo_session_distribution(fresh, nullptr, probabilities.data()));
+  const std::vector<float> logits = fresh.logits();
+  const auto best = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+  CHECK_EQ(probabilities[static_cast<size_t>(best)], 1.0f);
+  float logprob = 0;
+  float top[3] = {};
+  int32_t top_ids[3] = {};
+  OK(lococo_session_logprobs(fresh, best, 3, &logprob, top_ids, top));
+  CHECK_EQ(top_ids[0], best);
+  CHECK_EQ(top[0], logprob);
+  CHECK(top[1] <= top[0] && top[2] <= top[1]);
+  OK(lococo_session_logprobs(fresh, best, 0, &logprob, nullptr, nullptr));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "top_ids",
+          lococo_session_logprobs(fresh, best, 1, &logprob, nullptr, nullptr));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "probabilities", lococo_session_distribution(fresh, &params, nullptr));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "id", lococo_session_logprobs(fresh, -1, 0, &logprob, nullptr, nullptr));
+
+  // A stop token ends generation as an end-of-sequence token does, which can be told not to.
+  lococo_sampling_params ends = {};
+  ends.struct_size = sizeof ends;
+  ends.temperature = 50;
+  ends.ignore_eos = 1;
+  const auto until = [&] {
+    const Session s;
+    prefill(s, tokens(5));
+    return generate(s, 60, &ends);
+  };
+  const std::vector<int32_t> whole = until();
+  CHECK_EQ(whole.size(), 60u);
+  ends.stop_token_ids = &whole[9];
+  ends.num_stop_token_ids = 1;
+  const auto end = std::find(whole.begin(), whole.end(), whole[9]) + 1;
+  CHECK(until() == std::vector<int32_t>(whole.begin(), end));
+
   int32_t count = -1;
   OK(lococo_session_generate(fresh, nullptr, 0, nullptr, nullptr, &count));
   CHECK_EQ(count, 0);
@@ -541,6 +580,33 @@ void pooling(const TempDir& dir) {
   lococo_pool_destroy(nullptr);
 }
 
+void stop_strings() {
+  const char* strings[] = {"</s>", "\n\n"};
+  lococo_stops* stops = nullptr;
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "strings", lococo_stops_create(nullptr, 2, &stops));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "out", lococo_stops_create(strings, 2, nullptr));
+  OK(lococo_stops_create(strings, 2, &stops));
+  const char* out = nullptr;
+  size_t size = 0;
+  int32_t matched = 0;
+  OK(lococo_stops_push(stops, "one\n", 4, &out, &size, &matched));
+  CHECK_EQ(std::string(out, size), "one");
+  CHECK_EQ(matched, -1);
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "text", lococo_stops_push(stops, nullptr, 1, &out, &size, &matched));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "matched", lococo_stops_push(stops, "", 0, &out, &size, nullptr));
+  OK(lococo_stops_push(stops, "\ntwo", 4, &out, &size, &matched));
+  CHECK_EQ(size, 0u);
+  CHECK_EQ(matched, 1);
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "reset", lococo_stops_push(stops, "", 0, &out, &size, &matched));
+  OK(lococo_stops_reset(stops));
+  OK(lococo_stops_push(stops, "</", 2, &out, &size, &matched));
+  OK(lococo_stops_finish(stops, &out, &size));
+  CHECK_EQ(std::string(out, size), "</");
+  lococo_stops_destroy(stops);
+  lococo_stops_destroy(nullptr);
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "stops", lococo_stops_finish(nullptr, &out, &size));
+}
+
 }  // namespace
 
 int main() {
@@ -557,6 +623,7 @@ int main() {
     empty_session();
     reading();
     generating();
+    stop_strings();
     continuing(dir);
     refusing_states(dir);
     busy();

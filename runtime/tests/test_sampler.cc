@@ -1,15 +1,31 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <map>
+#include <new>
 #include <numeric>
 #include <random>
 #include <set>
 
 #include "check.h"
 #include "sampler.h"
+#include "stops.h"
+
+// Counts what the process allocates.
+std::atomic<size_t> allocations{0};
+
+void* operator new(size_t size) {
+  ++allocations;
+  void* memory = std::malloc(size);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 using lococo::Sampler;
+using lococo::Stops;
 using lococo::TokenCounts;
 using lococo::uniform_at;
 
@@ -163,9 +179,194 @@ void refusals() {
   CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("top_p", "1.5"), sampler.check(params(1, 0, 1.5f)));
   CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("top_p"), sampler.check(params(1, 0, -0.1f)));
   CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("top_p"), sampler.check(params(1, 0, NAN)));
+  const auto refuses = [&](const char* field, double lococo_sampling_params::*member, std::vector<double> values) {
+    for (const double value : values) {
+      auto p = params(1);
+      p.*member = value;
+      CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, (field), sampler.check(p));
+    }
+  };
+  refuses("temperature", &lococo_sampling_params::temperature, {-1, NAN, INFINITY, 1e39});
+  refuses("top_p", &lococo_sampling_params::top_p, {-1, NAN, INFINITY, 1.1});
+  refuses("min_p", &lococo_sampling_params::min_p, {-1, NAN, INFINITY, 1.1});
+  refuses("typical_p", &lococo_sampling_params::typical_p, {-1, NAN, INFINITY, 1.1});
+  refuses("repetition_penalty", &lococo_sampling_params::repetition_penalty, {-1, NAN, INFINITY, 1e39});
+  refuses("presence_penalty", &lococo_sampling_params::presence_penalty, {NAN, INFINITY, -INFINITY, -1e39});
+  refuses("frequency_penalty", &lococo_sampling_params::frequency_penalty, {NAN, INFINITY, -INFINITY, 1e39});
+  const int32_t ids[] = {0, 3};
+  const float values[] = {0, NAN};
+  auto p = params(1);
+  p.logit_bias_ids = ids;
+  p.num_logit_bias = 1;
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("logit_bias_values", "NULL"), sampler.check(p));
+  p.logit_bias_values = values;
+  sampler.check(p);
+  p.logit_bias_values = values + 1;
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("logit_bias_values[0]", "nan"), sampler.check(p));
+  p.logit_bias_values = values;
+  p.num_logit_bias = 2;
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("logit_bias_ids[1]", "got 3"), sampler.check(p));
+  p.logit_bias_ids = nullptr;
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("logit_bias_ids", "NULL"), sampler.check(p));
+  p = params(1);
+  p.stop_token_ids = ids;
+  p.num_stop_token_ids = 2;
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("stop_token_ids[1]", "got 3"), sampler.check(p));
+  p = params(1);
+  p.num_allowed_words = 1;
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("num_allowed_words"), sampler.check(p));
+  const float fine[] = {0, 1, 2};
+  const uint32_t mask[] = {8, 0};  // a bit beyond the vocabulary
+  p.allowed_tokens = mask;
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("allowed_tokens", "none"), sampler.sample(fine, none, p, 0));
+  p.num_allowed_words = 2;
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("num_allowed_words", "expected 1"), sampler.check(p));
+  float logprob = 0;
+  for (const int32_t id : {-1, 3}) {
+    CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("id"), sampler.logprobs(fine, id, 0, &logprob, nullptr, nullptr));
+  }
+  for (const int32_t n : {-1, 4}) {
+    CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("n:"), sampler.logprobs(fine, 0, n, &logprob, nullptr, nullptr));
+  }
   auto unset = params(1);
   unset.struct_size = 0;
   CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("struct_size"), sampler.check(unset));
+}
+
+void counts() {
+  TokenCounts counts(5);
+  const auto are = [&](const std::vector<int32_t>& expected) {
+    CHECK(std::equal(expected.begin(), expected.end(), counts.data()));
+  };
+  const int32_t ids[] = {2, 2, 4};
+  counts.read(ids, 1, 0);  // the first token is a prompt
+  are({0, 0, 1, 0, 0});
+  counts.read(ids + 2, 1, 1);
+  counts.read(ids, 1, 2);
+  counts.read(ids, 1, 3);
+  are({0, 0, 3, 0, 2});
+  const TokenCounts copy = counts;
+  counts.read(ids, 2, 4);  // a prompt: counting begins anew
+  are({0, 0, 1, 0, 1});
+  counts.data()[2] = INT32_MAX;
+  counts.read(ids, 1, 6);
+  are({0, 0, INT32_MAX, 0, 1});
+  counts = copy;
+  are({0, 0, 3, 0, 2});
+  counts.clear();
+  are({0, 0, 0, 0, 0});
+}
+
+// Bias and penalties one by one, seen through logits that a softmax gives back.
+void adjusted() {
+  const std::vector<float> logits = {1, -1, 2, 0.5f};
+  TokenCounts counts(4);
+  const int32_t prompt[] = {0, 1};
+  const int32_t generated = 2;
+  counts.read(prompt, 2, 0);
+  counts.read(&generated, 1, 2);
+  counts.read(&generated, 1, 3);
+  const auto is = [&](const lococo_sampling_params& p, const std::vector<double>& expected) {
+    Sampler sampler(4);
+    std::vector<float> got(4);
+    sampler.distribution(logits.data(), counts, p, got.data());
+    double total = 0;
+    for (const double x : expected) total += std::exp(x);
+    for (size_t i = 0; i < 4; ++i) CHECK(std::abs(got[i] - std::exp(expected[i]) / total) < 1e-6);
+  };
+  auto p = params(1);
+  is(p, {1, -1, 2, 0.5});
+  p.repetition_penalty = 2;
+  is(p, {0.5, -2, 1, 0.5});
+  p = params(1);
+  p.frequency_penalty = 0.25;
+  is(p, {1, -1, 1.5, 0.5});
+  p = params(1);
+  p.presence_penalty = -0.25;
+  is(p, {1, -1, 2.25, 0.5});
+  p = params(2);
+  const int32_t ids[] = {1, 3, 1};
+  const float values[] = {2, -1, 1};
+  p.logit_bias_ids = ids;
+  p.logit_bias_values = values;
+  p.num_logit_bias = 3;
+  is(p, {0.5, 1, 1, -0.25});
+  p.repetition_penalty = 4;  // after the bias
+  is(p, {0.125, 0.25, 0.25, -0.25});
+  const uint32_t allowed = 0b1001;
+  p.allowed_tokens = &allowed;
+  p.num_allowed_words = 1;
+  is(p, {0.125, -INFINITY, -INFINITY, -0.25});
+}
+
+void no_allocation() {
+  const int32_t vocab_size = 49'152;
+  const std::vector<float> logits = random_logits(vocab_size, 1, 3.f);
+  const std::vector<uint32_t> allowed(vocab_size / 32, 0x7fffffffu);
+  const std::vector<int32_t> ids = {5, 6, 7};
+  const std::vector<float> values = {1, -1, 2};
+  auto p = params(0.8f, 5000, 0.99f, 3);
+  p.min_p = 1e-6;
+  p.typical_p = 0.95;
+  p.repetition_penalty = 1.2;
+  p.presence_penalty = 0.5;
+  p.frequency_penalty = 0.1;
+  p.logit_bias_ids = ids.data();
+  p.logit_bias_values = values.data();
+  p.num_logit_bias = ids.size();
+  p.allowed_tokens = allowed.data();
+  p.num_allowed_words = allowed.size();
+  p.stop_token_ids = ids.data();
+  p.num_stop_token_ids = ids.size();
+  Sampler sampler(vocab_size);
+  TokenCounts counts(vocab_size);
+  std::vector<float> probabilities(logits.size());
+  std::vector<int32_t> top_ids(20);
+  std::vector<float> top(20);
+  float logprob = 0;
+  int32_t sum = 0;
+  const size_t before = allocations;
+  for (const auto& each : {p, params(0), params(1), params(1, 40), params(5, 0, 0.9f)}) {
+    for (int32_t position = 0; position < 5; ++position) {
+      sampler.check(each);
+      const int32_t id = sampler.sample(logits.data(), counts, each, static_cast<uint64_t>(position));
+      sampler.distribution(logits.data(), counts, each, probabilities.data());
+      sampler.logprobs(logits.data(), id, 20, &logprob, top_ids.data(), top.data());
+      counts.read(&id, 1, position);
+      sum += id;
+    }
+  }
+  CHECK_EQ(allocations - before, 0u);
+  CHECK(sum > 0 && logprob < 0);
+}
+
+void stops() {
+  const char* strings[] = {"ab", "cab", "abc", "zz"};
+  Stops stops(strings, 4);
+  const auto push = [&](const std::string& text) {
+    const Stops::Shown shown = stops.push(text.data(), text.size());
+    return std::string(shown.text, shown.size) + "|" + std::to_string(shown.matched);
+  };
+  CHECK_EQ(push("xyz"), "xy|-1");
+  CHECK_EQ(push(""), "|-1");
+  CHECK_EQ(push("yc"), "zy|-1");
+  CHECK_EQ(push("a"), "|-1");
+  CHECK_EQ(push("bcab"), "|1");  // "ab" ends here too, "cab" is longer; "abc" would end later
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("reset"), push("x"));
+  stops.reset();
+  CHECK_EQ(push("a"), "|-1");
+  const Stops::Shown rest = stops.finish();
+  CHECK_EQ(std::string(rest.text, rest.size), "a");
+  CHECK_EQ(push("b"), "b|-1");
+  Stops none(nullptr, 0);
+  CHECK_EQ(none.push("abc", 3).size, 3u);
+  const char* empty[] = {"a", ""};
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("stop[1]", "empty"), Stops(empty, 2));
+  const std::vector<const char*> many(LOCOCO_MAX_STOPS + 1, "a");
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("64", "65"), Stops(many.data(), many.size()));
+  const std::string text(LOCOCO_MAX_STOP_BYTES + 1, 'a');
+  const char* huge[] = {text.c_str()};
+  CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("stop[0]", "1025"), Stops(huge, 1));
 }
 
 void print_times() {
@@ -191,6 +392,10 @@ int main() {
   uniform();
   distribution();
   against_reference();
+  counts();
+  adjusted();
+  no_allocation();
+  stops();
   refusals();
   print_times();
   return finish();

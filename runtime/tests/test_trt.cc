@@ -255,7 +255,7 @@ Outcome outcome(lococo_session* s, std::vector<int32_t> ids) {
 }
 
 // By generate, which may use windows.
-Outcome generated(lococo_session* s, int32_t max_tokens, int32_t stop_at) {
+Outcome generated(lococo_session* s, const lococo_sampling_params& params, int32_t max_tokens, int32_t stop_at) {
   Stop stop{stop_at, {}};
   int32_t count = 0;
   const auto on_token = [](int32_t id, void* user) {
@@ -263,20 +263,21 @@ Outcome generated(lococo_session* s, int32_t max_tokens, int32_t stop_at) {
     stop->ids.push_back(id);
     return stop->at == static_cast<int32_t>(stop->ids.size()) - 1 ? 1 : 0;
   };
-  CHECK_EQ(lococo_session_generate(s, nullptr, max_tokens, on_token, &stop, &count), LOCOCO_OK);
+  CHECK_EQ(lococo_session_generate(s, &params, max_tokens, on_token, &stop, &count), LOCOCO_OK);
   CHECK_EQ(count, static_cast<int32_t>(stop.ids.size()));
   return outcome(s, stop.ids);
 }
 
 // The same by single steps.
-Outcome stepped(lococo_session* s, int32_t max_tokens, int32_t stop_at, const std::vector<int32_t>& eos) {
+Outcome stepped(lococo_session* s, const lococo_sampling_params& params, int32_t max_tokens, int32_t stop_at,
+                const std::vector<int32_t>& ends) {
   std::vector<int32_t> ids;
   while (static_cast<int32_t>(ids.size()) < max_tokens) {
     int32_t id = -1;
-    CHECK_EQ(lococo_session_sample(s, nullptr, &id), LOCOCO_OK);
+    CHECK_EQ(lococo_session_sample(s, &params, &id), LOCOCO_OK);
     ids.push_back(id);
     const auto count = static_cast<int32_t>(ids.size());
-    if (count == max_tokens || count - 1 == stop_at || std::find(eos.begin(), eos.end(), id) != eos.end()) break;
+    if (count == max_tokens || count - 1 == stop_at || std::find(ends.begin(), ends.end(), id) != ends.end()) break;
     CHECK_EQ(lococo_session_step(s, id), LOCOCO_OK);
   }
   return outcome(s, ids);
@@ -298,6 +299,18 @@ void windows(const Bundle& b) {
   CHECK_EQ(lococo_session_create(model, &c), LOCOCO_OK);
   const int32_t window = trt::window_tokens(b.manifest);
   int32_t longest = 0;
+  // Greedy; with another end, without one, and with penalties, which no window can apply.
+  std::vector<lococo_sampling_params> kinds(4);
+  std::vector<std::vector<int32_t>> ends(4, b.manifest.eos_token_ids);
+  const int32_t stop_id = 1;
+  for (auto& params : kinds) params.struct_size = sizeof params;
+  kinds[1].stop_token_ids = &stop_id;
+  kinds[1].num_stop_token_ids = 1;
+  ends[1].push_back(stop_id);
+  kinds[2].ignore_eos = 1;
+  ends[2].clear();
+  kinds[3].repetition_penalty = 1.5;
+  kinds[3].frequency_penalty = 7;
   for (int32_t prompt = 1; prompt < 12; ++prompt) {
     for (int32_t seed = 0; seed < 8; ++seed) {
       std::vector<int32_t> ids;
@@ -308,8 +321,9 @@ void windows(const Bundle& b) {
             CHECK_EQ(lococo_session_reset(s), LOCOCO_OK);
             CHECK_EQ(lococo_session_prefill(s, ids.data(), ids.size(), nullptr), LOCOCO_OK);
           }
-          const Outcome got = generated(a, max_tokens, stop_at);
-          CHECK(got == stepped(c, max_tokens, stop_at, b.manifest.eos_token_ids));
+          const auto kind = static_cast<size_t>(seed) % kinds.size();
+          const Outcome got = generated(a, kinds[kind], max_tokens, stop_at);
+          CHECK(got == stepped(c, kinds[kind], max_tokens, stop_at, ends[kind]));
           int64_t counts[2][3];
           CHECK_EQ(lococo_session_counters(a, &counts[0][0], &counts[0][1], &counts[0][2]), LOCOCO_OK);
           CHECK_EQ(lococo_session_counters(c, &counts[1][0], &counts[1][1], &counts[1][2]), LOCOCO_OK);
