@@ -4,6 +4,8 @@ LococoError
 ├── InvalidArgumentError (ValueError)      a value the caller can correct
 │   ├── EmptyPromptError                   nothing to read
 │   ├── TokenIdError                       a token id outside the vocabulary
+│   ├── ChatTemplateError                  a chat template that is missing, raises, or does not end
+│   ├── GrammarError                       a JSON schema or regex that is invalid, unsupported or cannot be satisfied
 │   ├── ConfigError                        slot-cache settings that contradict each other or the checkpoint
 │   └── UnsupportedModelError              an architecture or option that is not supported; lists what is
 ├── NotFoundError (FileNotFoundError)      a file, folder or library that is not there
@@ -42,6 +44,14 @@ class EmptyPromptError(InvalidArgumentError):
 
 class TokenIdError(InvalidArgumentError):
     """A token id outside the vocabulary."""
+
+
+class ChatTemplateError(InvalidArgumentError):
+    """A chat template that is missing, does not compile, raises, or does not end."""
+
+
+class GrammarError(InvalidArgumentError):
+    """A JSON schema or regex that is invalid, unsupported, or cannot be satisfied with this vocabulary."""
 
 
 class ConfigError(InvalidArgumentError):
