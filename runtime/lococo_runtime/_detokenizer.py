@@ -14,6 +14,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._exceptions import UnsupportedError
@@ -64,6 +65,11 @@ class Detokenizer:
     def stream(self) -> TextStream:
         """A new stream, at the beginning of a text."""
         return self._pieces.stream()
+
+    @property
+    def special_ids(self) -> Iterable[int]:
+        """Ids that decode leaves out."""
+        return self._special.keys()
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to the text, as bytes, the content of special tokens included; b"" for an unknown id."""
