@@ -14,6 +14,7 @@ import pytest
 from lococo_runtime import (
     BackendError,
     BusyError,
+    CancelledError,
     ClosedError,
     CorruptError,
     EmptyPromptError,
@@ -338,6 +339,34 @@ def test_two_threads_in_one_session(plain_bundle: Path) -> None:
         thread.join()
         assert refused, "a call from a second thread has to be refused while the first one runs"
         assert session.position == 20_000
+
+
+def test_cancel_from_another_thread(session: Session) -> None:
+    """A prefill of 2,000 blocks ends after the forward it was in; what it read is what any prefill would have."""
+    ids = text(2_000 * BLOCK)
+    reading = threading.Event()
+
+    def cancel() -> None:
+        reading.wait()
+        session.cancel()
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    session.prefill(ids[:BLOCK])
+    reading.set()
+    with pytest.raises(CancelledError, match="position"):
+        session.prefill(ids[BLOCK:])
+    thread.join()
+    assert session.position % BLOCK == 0
+    assert session.position < len(ids)
+    with pytest.raises(CancelledError):
+        session.step(1)
+    session.cancel(False)
+    state = session.state()
+    read = session.position
+    session.reset()
+    session.prefill(ids[:read])
+    assert session.state() == state
 
 
 def test_state_of_another_bundle(session: Session, tmp_path: Path) -> None:

@@ -291,6 +291,13 @@ lococo_status lococo_session_generate(lococo_session* session, const lococo_samp
   });
 }
 
+lococo_status lococo_session_cancel(lococo_session* session, int32_t cancel) {
+  return guarded([&] {
+    require(session, "session");
+    session->impl.cancelled.store(cancel != 0, std::memory_order_relaxed);
+  });
+}
+
 lococo_status lococo_session_position(lococo_session* session, int64_t* position) {
   return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
     require(position, "position");

@@ -76,10 +76,11 @@ void Session::check_readable(const int32_t* ids, size_t n) const {
   }
 }
 
-void Session::read_tokens(const int32_t* ids, size_t n, float* all_logits) {
+void Session::read_tokens(const int32_t* ids, size_t n, float* all_logits, bool cancellable) {
   dead = true;  // until all is well: an exception half-way leaves a state that is neither the old one nor the new one
-  token_counts_.read(ids, n, position_);
-  while (n > 0) {
+  const int32_t* const first = ids;
+  const int64_t start = position_;
+  while (n > 0 && !(cancellable && cancelled.load(std::memory_order_relaxed))) {
     const Forward f = cadence_.next(length_, n);
     executor_->forward(f, ids, position_, length_, all_logits);
     if (f.fuses) {
@@ -96,7 +97,13 @@ void Session::read_tokens(const int32_t* ids, size_t n, float* all_logits) {
     if (all_logits != nullptr) all_logits += static_cast<size_t>(f.n) * static_cast<size_t>(m_.vocab_size);
   }
   executor_->finish();
+  if (ids > first) token_counts_.read(first, static_cast<size_t>(ids - first), start);
   dead = false;
+  if (n > 0) fail_cancelled();
+}
+
+void Session::fail_cancelled() const {
+  fail(LOCOCO_ERROR_CANCELLED, "session: cancelled at position %lld", static_cast<long long>(position_));
 }
 
 template <typename F>
@@ -114,7 +121,7 @@ bool Session::read_window(F&& accept) {
     ++fusions_;
   } else {
     // One by one from where the window began: the same state as if it had never been a window.
-    for (size_t i = 0; i < accepted; ++i) read_tokens(&window_[i], 1, nullptr);
+    for (size_t i = 0; i < accepted; ++i) read_tokens(&window_[i], 1, nullptr, /*cancellable=*/false);
   }
   dead = false;
   return whole;
@@ -180,6 +187,7 @@ int32_t Session::generate(const lococo_sampling_params& params, int32_t max_toke
     return !stop && !ends && count < max_tokens;
   };
   while (count < max_tokens) {
+    if (cancelled.load(std::memory_order_relaxed)) fail_cancelled();
     const auto window = static_cast<int32_t>(window_.size());
     if (greedy && window > 0 && length_ == m_.mem_size && max_tokens - count > window) {
       if (!read_window(accept)) break;

@@ -52,13 +52,15 @@ class Session {
   void save(const std::string& path);
   void load(const std::string& path);
 
-  std::atomic<bool> busy{false};  // a thread is inside
-  bool dead = false;              // a backend error left the state unknown
+  std::atomic<bool> busy{false};       // a thread is inside
+  std::atomic<bool> cancelled{false};  // no further forward
+  bool dead = false;                   // a backend error left the state unknown
 
  private:
   void check_readable(const int32_t* ids, size_t n) const;
   void check_not_empty() const;
-  void read_tokens(const int32_t* ids, size_t n, float* all_logits);
+  [[noreturn]] void fail_cancelled() const;
+  void read_tokens(const int32_t* ids, size_t n, float* all_logits, bool cancellable = true);
   // Chooses and reads a window of tokens; `accept` gets each and returns false to stop before it is read.
   template <typename F>
   bool read_window(F&& accept);

@@ -64,6 +64,7 @@ typedef enum lococo_status {
   LOCOCO_ERROR_BACKEND = 12,         /* ONNX Runtime (or another backend) failed; the message carries its text */
   LOCOCO_ERROR_INTERNAL = 13,        /* a defect of this library */
   LOCOCO_ERROR_POOL_FULL = 14,       /* every session that the pool's budget allows is acquired */
+  LOCOCO_ERROR_CANCELLED = 15,       /* lococo_session_cancel stopped it */
 } lococo_status;
 
 /* Zero-initialise, set struct_size = sizeof(lococo_options), then what you need. NULL and 0 mean the default. */
@@ -228,6 +229,10 @@ LOCOCO_API lococo_status lococo_session_logprobs(lococo_session* session, int32_
 LOCOCO_API lococo_status lococo_session_generate(lococo_session* session, const lococo_sampling_params* params,
                                                  int32_t max_tokens, lococo_token_fn on_token, void* user,
                                                  int32_t* num_generated);
+/* From any thread, at any time, without waiting: while cancel is 1, prefill, step and generate, running or yet to come,
+ * end before their next forward with LOCOCO_ERROR_CANCELLED. What has been read stays read (position says how much);
+ * after cancel 0 the session goes on from there. */
+LOCOCO_API lococo_status lococo_session_cancel(lococo_session* session, int32_t cancel);
 /* Tokens read so far, P. */
 LOCOCO_API lococo_status lococo_session_position(lococo_session* session, int64_t* position);
 /* Slots in use now, at most capacity. */

@@ -7,6 +7,7 @@ many of them, most on disk.
 from ._exceptions import (
     BackendError,
     BusyError,
+    CancelledError,
     ChatTemplateError,
     CheckpointError,
     ClosedError,
@@ -41,6 +42,7 @@ __all__ = [
     "LLM",
     "BackendError",
     "BusyError",
+    "CancelledError",
     "ChatTemplateError",
     "CheckpointError",
     "ClosedError",

@@ -31,6 +31,7 @@ _ERRORS: dict[int, type[errors.LococoError]] = {
     12: errors.BackendError,
     13: errors.InternalError,
     14: errors.PoolFullError,
+    15: errors.CancelledError,
 }
 
 
@@ -147,6 +148,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         c_int,
         (c_void_p, POINTER(CSamplingParams), c_int32, TokenFn, c_void_p, POINTER(c_int32)),
     ),
+    "lococo_session_cancel": (c_int, (c_void_p, c_int32)),
     "lococo_session_position": (c_int, (c_void_p, POINTER(c_int64))),
     "lococo_session_live_slots": (c_int, (c_void_p, POINTER(c_int32))),
     "lococo_session_counters": (c_int, (c_void_p, POINTER(c_int64), POINTER(c_int64), POINTER(c_int64))),

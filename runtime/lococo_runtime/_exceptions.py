@@ -16,6 +16,7 @@ LococoError
 ├── StateMismatchError                     a state of another bundle
 ├── BusyError                              a session, or a pool's directory, in use elsewhere
 ├── PoolFullError                          every session that the pool's budget allows is acquired
+├── CancelledError                         a session stopped by cancel; what it has read stays read
 ├── ClosedError                            a model or session used after close
 ├── DeadSessionError                       an earlier backend error left the session unusable
 ├── StorageError (OSError)                 the operating system refused a read or a write
@@ -92,6 +93,10 @@ class BusyError(LococoError):
 
 class PoolFullError(LococoError):
     """Every session that the pool's budget allows is acquired."""
+
+
+class CancelledError(LococoError):
+    """A session stopped by `cancel`; what it has read stays read."""
 
 
 class ClosedError(LococoError):

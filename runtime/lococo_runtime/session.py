@@ -318,6 +318,15 @@ class Session(_Handle):
             )
         return array
 
+    def cancel(self, on: bool = True) -> None:
+        """From any thread, at any time, without waiting: no further forward.
+
+        Calls that read tokens, running or yet to come, raise CancelledError before their next forward, until
+        `cancel(False)`. What has been read stays read; `position` says how much.
+        """
+        with self.model._lock:  # close waits
+            c.call("lococo_session_cancel", self._open(), int(on))
+
     # --- where it stands ---------------------------------------------------------------------------------------------
 
     @property
@@ -404,8 +413,9 @@ class Session(_Handle):
         if self._handle:
             with contextlib.suppress(DeadSessionError):
                 _ = self.position
-            c.library().lococo_session_destroy(self._handle)
-            self._handle = ctypes.c_void_p()
+            with self.model._lock:
+                handle, self._handle = self._handle, ctypes.c_void_p()
+            c.library().lococo_session_destroy(handle)
             if self._owns_model:
                 self.model._closing = True
             self.model._count(-1)

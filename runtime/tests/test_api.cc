@@ -457,6 +457,45 @@ void busy() {
   CHECK(mine.state() == other.state());
 }
 
+// From another thread, before, during and after; what was read stays read, and the session goes on from there.
+void cancelling() {
+  const Session s;
+  const std::vector<int32_t> ids = tokens(4 * info.block_size);
+  OK(lococo_session_cancel(s, 1));
+  REFUSED(LOCOCO_ERROR_CANCELLED, "position 0", lococo_session_prefill(s, ids.data(), ids.size(), nullptr));
+  OK(lococo_session_cancel(s, 0));
+  const std::vector<int32_t> first(ids.begin(), ids.begin() + 2 * info.block_size);
+  prefill(s, first);
+
+  // cancelled by the token callback, which runs between two forwards
+  std::vector<int32_t> seen;
+  std::pair<lococo_session*, std::vector<int32_t>*> both{s.handle, &seen};
+  const auto cancel_third = [](int32_t id, void* user) {
+    auto& [session, out] = *static_cast<decltype(both)*>(user);
+    out->push_back(id);
+    if (out->size() == 3) std::thread([handle = session] { OK(lococo_session_cancel(handle, 1)); }).join();
+    return 0;
+  };
+  int32_t count = -1;
+  REFUSED(LOCOCO_ERROR_CANCELLED, "cancelled", lococo_session_generate(s, nullptr, 100, cancel_third, &both, &count));
+  CHECK_EQ(count, -1);
+  CHECK_EQ(seen.size(), size_t{3});
+  REFUSED(LOCOCO_ERROR_CANCELLED, "cancelled", lococo_session_step(s, 1));
+  CHECK_EQ(s.position(), static_cast<int64_t>(first.size()) + 2);
+  OK(lococo_session_cancel(s, 0));
+
+  const Session plain;
+  prefill(plain, first);
+  prefill(plain, {seen[0]});
+  prefill(plain, {seen[1]});
+  CHECK(s.state() == plain.state());
+  CHECK(generate(s, 5) == generate(plain, 5));
+  OK(lococo_session_cancel(s, 1));  // after the end
+  OK(lococo_session_cancel(s, 0));
+  OK(lococo_session_step(s, 1));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "NULL", lococo_session_cancel(nullptr, 1));
+}
+
 void dying(const TempDir& dir) {
   const Session s;
   prefill(s, tokens(4));
@@ -627,6 +666,7 @@ int main() {
     continuing(dir);
     refusing_states(dir);
     busy();
+    cancelling();
     dying(dir);
     pooling(dir);
     lococo_model_close(model);
