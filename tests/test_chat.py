@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from lococo_runtime import ChatTemplateError, CorruptError, InvalidArgumentError
-from lococo_runtime import _chat as chat
-from lococo_runtime._chat import ChatTemplate
+from lococo_runtime import _chat_template as chat
+from lococo_runtime._chat_template import ChatTemplate
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = Path(os.environ.get("LOCOCO_SMOLLM2", ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"))
@@ -124,15 +124,17 @@ def _words() -> Any:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_renders_as_transformers_does(name: str, conversation: str, prompt: bool, variables: dict[str, Any]) -> None:
     messages = CONVERSATIONS[conversation]
+    lists = {k: v for k, v in variables.items() if k in ("tools", "documents")}
+    others = {k: v for k, v in variables.items() if k not in lists}
     tokenizer = reference(TEMPLATES[name])
     ours = ChatTemplate({"default": TEMPLATES[name]}, SPECIAL)
     try:
         expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **variables)
     except Exception:  # the template refuses this conversation: with whatever Python raises
         with pytest.raises(ChatTemplateError, match=r"must alternate|not supported|Error"):
-            ours.render(messages, add_generation_prompt=prompt, **variables)
+            ours.render(messages, add_generation_prompt=prompt, variables=others, **lists)
     else:
-        assert ours.render(messages, add_generation_prompt=prompt, **variables) == expected
+        assert ours.render(messages, add_generation_prompt=prompt, variables=others, **lists) == expected
 
 
 @pytest.mark.smollm2

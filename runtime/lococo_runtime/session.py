@@ -147,7 +147,7 @@ class Session(_Handle):
             InvalidArgumentError: ids that are no integers or not one-dimensional.
             BusyError, ClosedError, DeadSessionError, BackendError.
         """
-        array = self._ids(ids)
+        array = check_ids(ids, self.model.vocab_size)
         out = np.empty((array.size, self.model.vocab_size), np.float32) if return_all else None
         c.call(
             "lococo_session_prefill",
@@ -160,7 +160,7 @@ class Session(_Handle):
 
     def step(self, token_id: int) -> Logits:
         """Reads one token in a forward of one and returns the float32 logits after it, (V). Raises as `prefill`."""
-        c.call("lococo_session_step", self._open(), int(self._ids([token_id])[0]))
+        c.call("lococo_session_step", self._open(), int(check_ids([token_id], self.model.vocab_size)[0]))
         return self.logits()
 
     def logits(self) -> Logits:
@@ -206,7 +206,7 @@ class Session(_Handle):
             raise InvalidArgumentError(f"logprobs: expected 0 to {self.model.vocab_size}, got {top}")
         logprob = ctypes.c_float()
         ids, values = (ctypes.c_int32 * top)(), (ctypes.c_float * top)()
-        token = int(self._ids([token_id])[0])
+        token = int(check_ids([token_id], self.model.vocab_size)[0])
         c.call("lococo_session_logprobs", self._open(), token, top, ctypes.byref(logprob), ids, values)
         return TokenLogprobs(token, logprob.value, dict(zip(ids, values, strict=True)))
 
@@ -305,18 +305,6 @@ class Session(_Handle):
             native.allowed_tokens = (ctypes.c_uint32 * words.size).from_buffer_copy(words.tobytes())
             native.num_allowed_words = words.size
         return native
-
-    def _ids(self, ids: TokenIds) -> npt.NDArray[np.int32]:
-        array = _as_ids(ids)
-        if array.size == 0:
-            raise EmptyPromptError("ids: expected at least one token, got none")
-        wrong = array[(array < 0) | (array >= self.model.vocab_size)]
-        if wrong.size:
-            raise TokenIdError(
-                f"ids: expected token ids from 0 to {self.model.vocab_size - 1}, got {wrong[0]};"
-                " is this the bundle's tokenizer?"
-            )
-        return array
 
     def cancel(self, on: bool = True) -> None:
         """From any thread, at any time, without waiting: no further forward.
@@ -430,3 +418,20 @@ def _as_ids(ids: TokenIds) -> npt.NDArray[np.int32]:
     if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
         raise TokenIdError("token ids: out of the 32-bit range")
     return np.ascontiguousarray(array, np.int32)
+
+
+def check_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int32]:
+    """Token ids as the C core takes them.
+
+    Raises:
+        EmptyPromptError, TokenIdError, InvalidArgumentError: see `Session.prefill`.
+    """
+    array = _as_ids(ids)
+    if array.size == 0:
+        raise EmptyPromptError("ids: expected at least one token, got none")
+    wrong = array[(array < 0) | (array >= vocab_size)]
+    if wrong.size:
+        raise TokenIdError(
+            f"ids: expected token ids from 0 to {vocab_size - 1}, got {wrong[0]}; is this the bundle's tokenizer?"
+        )
+    return array

@@ -81,7 +81,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as text, special tokens included: tokenize it without adding any.
 
@@ -89,7 +89,7 @@ class ChatTemplate:
             messages: at least one, each with a role. Keys whose value is None count as absent.
             add_generation_prompt: end with what begins the assistant's turn.
             tools, documents: passed to the template, as JSON values.
-            **variables: more of the template's own, such as enable_thinking.
+            variables: more of the template's own, such as enable_thinking.
 
         Raises:
             ChatTemplateError: no template, or one that raises, does not compile or exceeds the limits.
@@ -103,7 +103,7 @@ class ChatTemplate:
             )
         values = {
             **self.special_tokens,
-            **{k: _plain(v, k) for k, v in variables.items()},
+            **(_plain(variables, "variables") or {}),
             "messages": [_message(m, i) for i, m in enumerate(_at_least_one(messages))],
             "tools": _plain(tools, "tools"),
             "documents": _plain(documents, "documents"),
