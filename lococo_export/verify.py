@@ -205,7 +205,7 @@ def to_device(state: LococoState, device: torch.device) -> LococoState:
 
 
 def _view(data: memoryview, spec: TensorSpec) -> Tensor:
-    dtypes = {**TORCH_DTYPES, "int64": torch.int64}
+    dtypes = {**TORCH_DTYPES, "int32": torch.int32, "int64": torch.int64}
     return torch.frombuffer(data, dtype=dtypes[spec.dtype]).reshape(spec.shape)
 
 

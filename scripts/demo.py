@@ -10,7 +10,6 @@ from pathlib import Path
 
 from lococo_runtime import LLM, SamplingParams, Session
 from lococo_runtime.bundle import DTYPE_BYTES
-from lococo_runtime.llm import stream_text
 from tqdm import tqdm
 
 CHECKPOINT = 2000  # tokens
@@ -65,7 +64,7 @@ def read(session: Session, ids: list[int], checkpoint: int) -> tuple[float, Memo
 def write(llm: LLM, session: Session, params: SamplingParams) -> tuple[float, int]:
     """Streams what the model writes -> seconds, and tokens sampled."""
     before, start = session.position, time.perf_counter()
-    for piece in stream_text(llm.tokenizer, session.generate([], params)):
+    for piece in llm.generate_stream("", params, session=session):
         print(piece, end="", flush=True)
     print("\n")
     return time.perf_counter() - start, session.position - before + 1  # the last one has not been read
@@ -90,12 +89,11 @@ def main() -> None:
     parser.add_argument("--question", default="What is this text about?", help="asked about the text, after it")
     args = parser.parse_args()
 
-    with LLM(args.bundle) as llm:
+    with LLM(args.bundle) as llm, llm.model.session() as session:
         model, cache, dtype = llm.model.manifest.model, llm.model.manifest.cache, llm.model.manifest.dtype
         ids = llm.tokenizer.encode(args.text.read_text(encoding="utf-8")).ids[: args.tokens]
         if len(ids) < CHECKPOINT:
             parser.error(f"expected a text of at least {CHECKPOINT:,} tokens, got {len(ids):,}")
-        session = llm.session
         print(f"{args.text.name}: {len(ids):,} tokens through {cache.mem_size} slots, policy {cache.policy}, {dtype}")
 
         read_s, early = read(session, ids, CHECKPOINT)

@@ -33,24 +33,33 @@ from ._exceptions import (
     VersionError,
 )
 from .bundle import LococoConfig, Manifest, read_manifest
-from .llm import LLM, CompletionOutput
+from .chat import Chat
+from .completion import AsyncCompletionStream, CompletionBuilder, CompletionChunk, CompletionOutput, CompletionStream
+from .grammar import Grammar
+from .llm import LLM
 from .pool import PooledSession, PoolInfo, SessionPool
 from .sampling import SamplingParams, StopMatcher, TokenLogprobs
 from .session import Model, Session
 
 __all__ = [
     "LLM",
+    "AsyncCompletionStream",
     "BackendError",
     "BusyError",
     "CancelledError",
+    "Chat",
     "ChatTemplateError",
     "CheckpointError",
     "ClosedError",
+    "CompletionBuilder",
+    "CompletionChunk",
     "CompletionOutput",
+    "CompletionStream",
     "ConfigError",
     "CorruptError",
     "DeadSessionError",
     "EmptyPromptError",
+    "Grammar",
     "GrammarError",
     "InternalError",
     "InvalidArgumentError",

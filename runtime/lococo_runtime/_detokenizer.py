@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._exceptions import UnsupportedError
@@ -67,7 +67,7 @@ class Detokenizer:
         return self._pieces.stream()
 
     @property
-    def special_ids(self) -> Iterable[int]:
+    def special_ids(self) -> Collection[int]:
         """Ids that decode leaves out."""
         return self._special.keys()
 
@@ -76,6 +76,13 @@ class Detokenizer:
         if token_id in self._special:
             return self._special[token_id].encode()
         return self._pieces.token_bytes(token_id)
+
+    def whole_text(self, token_ids: Iterable[int]) -> str | None:
+        """What a text must be to have these tokens in its middle, special tokens included; None within a character."""
+        try:
+            return b"".join(map(self.token_bytes, token_ids)).decode()
+        except UnicodeDecodeError:
+            return None
 
     def token(self, token_id: int) -> str:
         """The vocabulary entry; "" where `decode` skips the id: special tokens, and ids outside the vocabulary."""

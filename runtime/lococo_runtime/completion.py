@@ -189,15 +189,17 @@ class CompletionStream:
         *,
         owns_session: bool = True,
         num_cached_tokens: int = 0,
-        on_end: Callable[[CompletionStream, Session, bool], None] | None = None,
+        on_end: Callable[[CompletionStream], None] | None = None,
     ) -> None:
         self.prompt_ids = list(prompt_ids)
+        self.read_ids: list[int] | None = None
+        """After the end: the tokens of prompt and answer that the session has read; None if an error ended it."""
         self._open_session = open_session
         self._builder = builder
         self._params = params
         self._owns_session = owns_session
         self._num_cached_tokens = num_cached_tokens
-        self._on_end = on_end  # (stream, session, whether an error ended it), before the session is let go
+        self._on_end = on_end  # called before the session is let go
         self._native = params.to_c()
         self._token = ctypes.c_int32()
         self._reading = threading.Lock()
@@ -206,6 +208,7 @@ class CompletionStream:
         self._closed = False
         self._claim: int | None = None
         self._session: Session | None = None
+        self._start_position = 0
 
     @property
     def output(self) -> CompletionOutput:
@@ -307,6 +310,7 @@ class CompletionStream:
             self._session = session
             if self._cancelled:
                 session.cancel()
+        self._start_position = session.position
         if self.prompt_ids:
             session.prefill(self.prompt_ids)
         return session
@@ -317,9 +321,12 @@ class CompletionStream:
             session, self._session = self._session, None
             if session is not None and self._cancelled:
                 session.cancel(False)
+        if session is not None and not failed:
+            num_read = session.position - self._start_position
+            self.read_ids = [*self.prompt_ids, *self._builder.token_ids][:num_read]
         try:
             if session is not None and self._on_end is not None:
-                self._on_end(self, session, failed)
+                self._on_end(self)
         finally:
             if session is not None and self._owns_session:
                 session.close()

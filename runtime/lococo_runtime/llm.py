@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -73,7 +72,6 @@ class LLM:
         self.detokenizer = Detokenizer(self.tokenizer)
         self.chat_template = ChatTemplate.from_bundle(Path(bundle))
         self.model = Model(bundle, **options)
-        self._lock = threading.Lock()
         self._executor = ThreadPoolExecutor(thread_name_prefix="lococo")  # threads start when async calls need them
 
     # --- completing a prompt -----------------------------------------------------------------------------------------
@@ -106,7 +104,7 @@ class LLM:
         """Completes a prompt piece by piece; a piece never ends inside a character. Raises as `generate`, at once."""
         fresh = session is None or session.position == 0
         ids = self.encode(prompt, add_special_tokens=fresh) if isinstance(prompt, str) else prompt
-        return self.stream_ids(ids, params, grammar=grammar, session=session)
+        return self._continue(ids, params, grammar, session)
 
     async def agenerate(
         self,
@@ -177,7 +175,7 @@ class LLM:
             messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs
         )
         ids = self.encode(text, add_special_tokens=False)
-        return self.stream_ids(ids, params, grammar=grammar, session=session)
+        return self._continue(ids, params, grammar, session)
 
     async def achat(
         self,
@@ -284,26 +282,38 @@ class LLM:
     def _grammars(self) -> GrammarCompiler:
         return GrammarCompiler(self.tokenizer, self.detokenizer, self.model.vocab_size)
 
-    def stream_ids(
+    def _continue(
+        self, ids: Sequence[int], params: SamplingParams | None, grammar: Grammar | None, session: Session | None
+    ) -> CompletionStream:
+        if session is None:
+            return self._stream(ids, params, grammar, self.model.session, owns_session=True)
+        given = session
+        return self._stream(ids, params, grammar, lambda: given, num_cached_tokens=session.position)
+
+    def _stream(
         self,
         ids: Sequence[int],
-        params: SamplingParams | None = None,
+        params: SamplingParams | None,
+        grammar: Grammar | None,
+        open_session: Callable[[], Session],
         *,
-        grammar: Grammar | None = None,
-        session: Session | None = None,
+        owns_session: bool = False,
+        num_cached_tokens: int = 0,
+        on_end: Callable[[CompletionStream], None] | None = None,
     ) -> CompletionStream:
-        """`generate_stream` of token ids."""
         params = params or SamplingParams()
         if len(ids):
             ids = check_ids(ids, self.model.vocab_size).tolist()
-        elif session is None or session.position == 0:
+        elif num_cached_tokens == 0:
             raise EmptyPromptError("prompt: expected some text, got an empty one")
-        builder = self.builder(params, grammar)
-        if session is None:
-            return CompletionStream(self.model.session, ids, builder, params)
-        given = session
         return CompletionStream(
-            lambda: given, ids, builder, params, owns_session=False, num_cached_tokens=session.position
+            open_session,
+            ids,
+            self.builder(params, grammar),
+            params,
+            owns_session=owns_session,
+            num_cached_tokens=num_cached_tokens,
+            on_end=on_end,
         )
 
     def _async(self, stream: CompletionStream) -> AsyncCompletionStream:
