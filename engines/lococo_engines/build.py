@@ -296,8 +296,9 @@ def _timing_cache_file(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
-        if path.stat().st_size == 0:
-            path.unlink()
+        with contextlib.suppress(FileNotFoundError):  # another build looked at the same time
+            if path.stat().st_size == 0:
+                path.unlink()
     except OSError as e:
         if given is not None:
             raise storage_error(e, path) from e
@@ -446,6 +447,8 @@ class _Work:
             arguments["hardware_compatibility_level"] = level
         if self.timing_cache is not None and self.timing_cache.exists():
             arguments["load_timing_cache"] = os.fspath(self.timing_cache)
+        if options.kernels == "lococo" and hasattr(kit.trt, "TacticSource"):
+            arguments["tactic_sources"] = []  # else 8.6 loads cuBLAS and cuDNN, for plugins that want them
         if not options.strongly_typed:  # 8.6 runs float16 only where a flag allows it
             arguments["fp16"] = self.manifest.dtype == "float16"
             if options.precision == "prefer":
