@@ -103,8 +103,19 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path, help="directory made by lococo-export")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the checkpoint it was made from")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to read (default: random tokens)")
-    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="read in blocks (default 1024)")
-    parser.add_argument("--steps", type=int, default=256, metavar="N", help="then read one by one (default 256)")
+    parser.add_argument(
+        "--prefill",
+        "--prompt-tokens",
+        dest="prompt_tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens to read in blocks (1024)",
+    )
+    parser.add_argument("--steps", type=int, default=256, metavar="N", help="then one by one (256)")
+    parser.add_argument("--device", default="cpu", metavar="D", help="of both sides: cpu, or cuda:0 and on")
+    parser.add_argument("--backend", metavar="B", help="onnxruntime or tensorrt (by the device)")
+    parser.add_argument("--perplexity", type=int, default=0, metavar="N", help="then of N tokens, each side for itself")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
     parser.add_argument("--atol", type=float, help="largest difference of logits")
     parser.add_argument("--free-running", action="store_true", help="do not hand the state over at fusions")
@@ -120,35 +131,65 @@ def _verify(args: argparse.Namespace) -> int:
 
     from .onnx_writer import TORCH_DTYPES
     from .reference import ReferenceModel
-    from .verify import Tolerance, checkpoint_of, verify_bundle
+    from .verify import Tolerance, checkpoint_of, perplexities, verify_bundle
 
-    with Session(args.bundle) as session:
+    backend = args.backend or ("onnxruntime" if args.device == "cpu" else "tensorrt")
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(
+                f"\rverified {done:,}/{total:,} tokens", end="" if done < total else "\n", file=sys.stderr, flush=True
+            )
+
+    with Session(args.bundle, device=args.device, backend=backend) as session:
         manifest = session.model.manifest
         checkpoint = checkpoint_of(manifest, args.model, allow_pickle=args.allow_pickle)
         tolerance = Tolerance.for_dtype(manifest.dtype)
         if args.atol is not None:
             tolerance = dataclasses.replace(tolerance, logits_max_abs=args.atol)
         ids = _verify_ids(args, manifest.model.vocab_size)
-        reference = ReferenceModel(checkpoint, TORCH_DTYPES[manifest.dtype])
-
-        def show(done: int, total: int) -> None:
-            if sys.stderr.isatty():
-                print(f"\rverified {done:,}/{total:,} tokens", end="", file=sys.stderr, flush=True)
-
+        reference = ReferenceModel(checkpoint, TORCH_DTYPES[manifest.dtype], _torch_device(args.device))
+        start = time.perf_counter()
         report = verify_bundle(
-            session, reference, ids, args.steps, tolerance=tolerance, free_running=args.free_running, progress=show
+            session,
+            reference,
+            ids[: args.prompt_tokens + args.steps],
+            args.steps,
+            tolerance=tolerance,
+            free_running=args.free_running,
+            third=None if backend == "onnxruntime" else lambda: Session(args.bundle),
+            progress=show,
         )
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    print(report)
-    return 1 if report.divergence else 0
+        print(report)
+        print(f"{backend} on {args.device}, {time.perf_counter() - start:.0f} s")
+        agrees = report.agrees
+        if args.perplexity:
+            ours, theirs = perplexities(session, reference, ids[: args.perplexity], show)
+            off = abs(ours / theirs - 1)
+            agrees &= off <= tolerance.perplexity
+            print(
+                f"perplexity of {args.perplexity:,} tokens, each side for itself: {ours:.4f}, PyTorch {theirs:.4f}:"
+                f" off by {off:.2e} (at most {tolerance.perplexity:g})"
+            )
+    return 0 if agrees else 1
+
+
+def _torch_device(name: str) -> str:
+    """`name`, if torch can use it."""
+    import torch
+
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"--device {name}: this PyTorch ({torch.__version__}) sees no CUDA device; install a CUDA build of torch"
+        )
+    return name
 
 
 def _verify_ids(args: argparse.Namespace, vocab_size: int) -> list[int]:
     import numpy as np
     from lococo_runtime.llm import load_tokenizer
 
-    count = args.prompt_tokens + args.steps
+    count = max(args.prompt_tokens + args.steps, args.perplexity)
     if args.prompt_tokens < 1 or args.steps < 0:
         raise InvalidArgumentError("--prompt-tokens: expected at least 1; --steps: expected at least 0")
     if args.text is None:

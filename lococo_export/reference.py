@@ -105,7 +105,7 @@ FusionObserver = Callable[[FusionEvent], None]
 # --- the fusion -------------------------------------------------------------------------------------------------------
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def take_columns(x: Tensor, index: Tensor) -> Tensor:
     """Columns `index` (B, K, m) of `x` (B, K, S) or (B, K, S, d)."""
     return x.gather(2, index if x.dim() == 3 else index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
@@ -116,25 +116,27 @@ def _top(scores: Tensor, count: int) -> Tensor:
     return order[..., :count].sort(dim=-1).values
 
 
-def select(scores: Tensor, length: Tensor, cache: LococoConfig) -> Selection:
+def select(scores: Tensor, length: Tensor, cache: LococoConfig, keep: Tensor | None = None) -> Selection:
     """Chooses heavy hitters, recent columns, and the anchors among the rest.
 
     Args:
         scores: (B, K, S) float32.
         length: (B,) int64, live columns; the first `length` are live, and there are more than M of them.
         cache: what to keep.
+        keep: (B, K, keep) int64 ascending, if someone else has chosen what to keep.
     """
     column = torch.arange(scores.shape[-1], device=scores.device)  # (S,)
     end = length[:, None, None]  # (B, 1, 1)
-    heavy = _top(scores.masked_fill(column >= end - cache.local_len, -torch.inf), cache.keep - cache.local_len)
-    recent = (end - cache.local_len + torch.arange(cache.local_len, device=scores.device)).clamp(min=0)
-    keep = torch.cat([heavy, recent.expand(*scores.shape[:2], -1)], dim=-1)  # ascending: recent columns come last
+    if keep is None:
+        heavy = _top(scores.masked_fill(column >= end - cache.local_len, -torch.inf), cache.keep - cache.local_len)
+        recent = (end - cache.local_len + torch.arange(cache.local_len, device=scores.device)).clamp(min=0)
+        keep = torch.cat([heavy, recent.expand(*scores.shape[:2], -1)], dim=-1)  # ascending: recent columns come last
     # columns that are kept or dead sort behind all others, and the rest stays in cache order
     behind = (column >= end).expand(scores.shape).scatter(2, keep, True)
     rest = torch.where(behind, column + scores.shape[-1], column).sort(dim=-1).indices[..., : -cache.keep or None]
     rest_length = length - cache.keep
     dead = torch.arange(rest.shape[-1], device=scores.device) >= rest_length[:, None, None]
-    residual = _top(_take(scores, rest).masked_fill(dead, -torch.inf), cache.num_mixed)
+    residual = _top(take_columns(scores, rest).masked_fill(dead, -torch.inf), cache.num_mixed)
     return Selection(keep, rest, residual, rest_length)
 
 
@@ -159,7 +161,13 @@ def mixing_logits(
 
 
 def fuse_slots(
-    key: Tensor, value: Tensor, scores: Tensor, length: Tensor, cache: LococoConfig, head: FusionHead | None
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    length: Tensor,
+    cache: LococoConfig,
+    head: FusionHead | None,
+    chosen: Selection | None = None,
 ) -> FusedSlots:
     """Fuses the live columns of one layer into M slots: the kept ones verbatim, then the mixed ones.
 
@@ -170,23 +178,24 @@ def fuse_slots(
         scores: (B, K, S) float32.
         length: (B,) int64, more than M.
         head: needed for policy "lococo", unused for "h2o".
+        chosen: what to keep, mix and anchor on; by the scores if None.
     """
-    chosen = select(scores, length, cache)
-    kept = [_take(x, chosen.keep) for x in (key, value, scores)]
+    chosen = chosen or select(scores, length, cache)
+    kept = [take_columns(x, chosen.keep) for x in (key, value, scores)]
     if head is None:
         none = key.new_zeros(*chosen.residual.shape, chosen.rest.shape[-1])
         return FusedSlots(kept[0], kept[1], kept[2], chosen, none)
     dead = torch.arange(chosen.rest.shape[-1], device=key.device) >= chosen.rest_length[:, None, None]  # (B, 1, R)
     rest = [
-        _take(key, chosen.rest).masked_fill(dead[..., None], 0),
-        _take(value, chosen.rest).masked_fill(dead[..., None], 0),
-        _take(scores, chosen.rest).masked_fill(dead, 0),
+        take_columns(key, chosen.rest).masked_fill(dead[..., None], 0),
+        take_columns(value, chosen.rest).masked_fill(dead[..., None], 0),
+        take_columns(scores, chosen.rest).masked_fill(dead, 0),
     ]
     z = mixing_logits(rest[0], rest[1], chosen.rest_length, head, cache.activation)
     mixing = z.masked_fill(dead[:, :, None], -torch.inf).softmax(dim=-1)  # (B, K, mc, R)
     n = head.normalizer
     averages = [mixing @ rest[0], mixing @ rest[1], (mixing.float() @ rest[2][..., None]).squeeze(-1)]
-    mixed = [(1 - n) * _take(r, chosen.residual) + n * a for r, a in zip(rest, averages, strict=True)]
+    mixed = [(1 - n) * take_columns(r, chosen.residual) + n * a for r, a in zip(rest, averages, strict=True)]
     key, value, scores = (torch.cat([k, m], dim=2) for k, m in zip(kept, mixed, strict=True))
     return FusedSlots(key, value, scores, chosen, mixing)
 
@@ -198,7 +207,7 @@ def join_columns(past: Tensor, new: Tensor, length: Tensor, num_tokens: Tensor) 
     start = length[:, None]
     index = torch.where(column < start, column, (column - start + past.shape[2]).clamp(max=both.shape[2] - 1))
     dead = (column >= start + num_tokens[:, None])[:, None]  # (B, 1, S)
-    joined = _take(both, index[:, None].expand(*both.shape[:2], -1))
+    joined = take_columns(both, index[:, None].expand(*both.shape[:2], -1))
     return joined.masked_fill(dead if both.dim() == 3 else dead[..., None], 0)
 
 

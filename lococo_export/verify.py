@@ -3,48 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from lococo_runtime import ConfigError, InvalidArgumentError, Session
 from lococo_runtime.bundle import Manifest, TensorSpec
 from torch import Tensor
 
 from .checkpoints import Checkpoint, load_checkpoint
 from .onnx_writer import TORCH_DTYPES
-from .reference import LococoState, ReferenceModel, ReferenceSession
+from .reference import ForwardResult, LococoState, ReferenceModel, fuse_slots, join_columns
+from .selection import taken_selection
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What counts as agreement. Cosines and norm ratios are taken over whole tensors, live columns only."""
+    """What counts as agreement. Cosines and norm ratios are taken over whole tensors, live columns only.
+
+    `score_margin` is how far, relatively, a column that a fusion took may lie below the best one it left out.
+    """
 
     logits_max_abs: float
     logits_cosine: float
     state_cosine: float
     state_norm_ratio: float
+    score_margin: float
+    perplexity: float = 0.005
 
     @classmethod
     def for_dtype(cls, dtype: str) -> Tolerance:
         """float32: rounding only. Half precisions: what different orders of summation leave."""
         if dtype == "float32":
-            return cls(1e-3, 0.99999, 0.999, 0.01)
-        return cls(float("inf"), 0.999, 0.995, 0.01)
+            return cls(1e-3, 0.99999, 0.999, 0.01, 1e-3)
+        return cls(float("inf"), 0.999, 0.995, 0.01, 0.1)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first forward that is out of tolerance, and the first tensor that is."""
+    """The first forward that is out of tolerance, the first tensor that is, and what is known of the cause."""
 
     position: int
     forward: str
     tensor: str
     detail: str
+    findings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"first divergence: {self.forward} ending at position {self.position:,}, {self.tensor}: {self.detail}"
+        first = f"first divergence: {self.forward} ending at position {self.position:,}, {self.tensor}: {self.detail}"
+        return "\n".join([first, *(f"  {line}" for line in self.findings)])
 
 
 @dataclass
@@ -58,22 +68,61 @@ class Report:
     logits_cosine: float = 1.0
     state_cosine: float = 1.0
     state_norm_ratio: float = 0.0
+    slots: int = 0
+    swapped: int = 0
+    score_margin: float = 0.0
     greedy_matches: int = 0
     tokens: int = 0
+    nll: float = 0.0
+    """Sum of the negative log likelihoods of the bundle, `nll_reference` of PyTorch, over `predicted` tokens."""
+    nll_reference: float = 0.0
+    predicted: int = 0
     divergence: Divergence | None = None
 
+    @property
+    def perplexity(self) -> tuple[float, float]:
+        """Of the bundle and of PyTorch."""
+        count = max(self.predicted, 1)
+        return _exp(self.nll / count), _exp(self.nll_reference / count)
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """How far the bundle's perplexity is off."""
+        return abs(_exp((self.nll - self.nll_reference) / max(self.predicted, 1)) - 1)
+
+    @property
+    def agrees(self) -> bool:
+        """Nothing is out of tolerance."""
+        return self.divergence is None and not self.perplexity_ratio > self.tolerance.perplexity
+
     def __str__(self) -> str:
+        t = self.tolerance
+        ours, theirs = self.perplexity
         rows = [
             ("forwards", f"{self.forwards:,}, {self.tokens:,} tokens"),
             ("greedy tokens equal", f"{self.greedy_matches:,} of {self.tokens:,}"),
-            ("logits, max abs difference", f"{self.logits_max_abs:.2e} (at most {self.tolerance.logits_max_abs:g})"),
-            ("logits, least cosine", f"{self.logits_cosine:.7f} (at least {self.tolerance.logits_cosine:g})"),
+            ("logits, max abs difference", f"{self.logits_max_abs:.2e} (at most {t.logits_max_abs:g})"),
+            ("logits, least cosine", f"{self.logits_cosine:.7f} (at least {t.logits_cosine:g})"),
+            (
+                "perplexity",
+                f"{ours:.4f}, PyTorch {theirs:.4f}: off by {self.perplexity_ratio:.2e} (at most {t.perplexity:g})",
+            ),
             ("fusions", f"{self.fusions:,}"),
-            ("state, least cosine", f"{self.state_cosine:.7f} (at least {self.tolerance.state_cosine:g})"),
-            ("state, norm ratio off by", f"{self.state_norm_ratio:.2e} (at most {self.tolerance.state_norm_ratio:g})"),
+            ("state, least cosine", f"{self.state_cosine:.7f} (at least {t.state_cosine:g})"),
+            ("state, norm ratio off by", f"{self.state_norm_ratio:.2e} (at most {t.state_norm_ratio:g})"),
+            (
+                "slots ranked otherwise",
+                f"{self.swapped:,} of {self.slots:,}, score {self.score_margin:.1e} apart (at most {t.score_margin:g})",
+            ),
         ]
         lines = [f"{name:<28} {value}" for name, value in rows]
-        return "\n".join([*lines, str(self.divergence) if self.divergence else "agrees"])
+        if self.divergence:
+            lines.append(str(self.divergence))
+        return "\n".join([*lines, *(["agrees"] if self.agrees else [])])
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
 
 
 def checkpoint_of(manifest: Manifest, path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
@@ -107,6 +156,7 @@ def checkpoint_of(manifest: Manifest, path: str | os.PathLike[str], *, allow_pic
     return checkpoint
 
 
+@torch.inference_mode()
 def verify_bundle(
     session: Session,
     reference: ReferenceModel,
@@ -115,19 +165,22 @@ def verify_bundle(
     *,
     tolerance: Tolerance | None = None,
     free_running: bool = False,
+    third: Callable[[], Session] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Reads `ids` on both sides, the last `steps` of them one by one, the others in blocks, and compares.
 
-    At every fusion the states are compared, and the reference takes over the bundle's, so that each window is judged
-    from the same state: two scores a rounding apart may select different slots, which is no error but changes all that
-    follows. `free_running` leaves both to themselves. Stops at the first divergence.
+    Logits are compared after every forward. At every fusion the slots are compared, for the columns that the bundle's
+    fusion took, and the reference takes over the bundle's state, byte for byte, so that each stretch is judged from the
+    same state. `free_running` leaves both to themselves. Stops at the first divergence, goes back to the last common
+    state, and hands over the state after every forward, to name the first forward and the first layer that are wrong.
 
     Args:
         session: empty, on the bundle.
-        reference: of the bundle's checkpoint, in the bundle's dtype.
+        reference: of the bundle's checkpoint, in the bundle's dtype; best on the same device.
         ids: token ids, at least one more than `steps`.
         steps: how many of them to read in forwards of one.
+        third: opens a session of the same bundle on another backend, asked for its opinion on the first bad forward.
         progress: called with tokens read and tokens in all.
 
     Raises:
@@ -137,36 +190,345 @@ def verify_bundle(
     if len(ids) <= steps:
         raise InvalidArgumentError(f"ids: expected more than steps={steps}, got {len(ids)}")
     report = Report(tolerance or Tolerance.for_dtype(manifest.dtype))
-    other = ReferenceSession(reference)
+    comparison = _Comparison(session, _Follower(reference), report)
+    common, since = session.state(), list[list[int]]()
     block = manifest.cache.block_size
     prompt = len(ids) - steps
     pieces = [list(ids[i : min(i + block, prompt)]) for i in range(0, prompt, block)] + [[i] for i in ids[prompt:]]
-    fusions = 0
     for piece in pieces:
-        if len(piece) > 1:
-            ours = torch.from_numpy(session.prefill(piece, return_all=True))
-        else:
-            ours = torch.from_numpy(session.step(piece[0]))[None]
-        theirs = other.read(torch.tensor([piece], device=reference.device)).logits[0].cpu()
-        report.forwards += 1
-        report.tokens += len(piece)
-        report.greedy_matches += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        detail = _compare_logits(ours, theirs, report)
-        fused = session.counters["fusions"] > fusions
-        fusions = report.fusions = session.counters["fusions"]
-        if fused or detail:
-            state = read_state(manifest, session.state())
-            wrong = _compare_state(manifest, state, other.state, report)
-            if wrong or detail:
-                tensor, why = wrong or ("logits", detail)
-                kind = f"forward {report.forwards} ({'step' if len(piece) == 1 else f'block of {len(piece)}'}"
-                kind += ", with a fusion)" if fused else ")"
-                report.divergence = Divergence(session.position, kind, tensor, why)
-                return report
-            if not free_running:
-                other.state = to_device(state, reference.device)
+        following = ids[report.tokens + 1 : report.tokens + 1 + len(piece)]
+        since.append(piece)
+        outcome = comparison.forward(piece, following)
+        if outcome.wrong:
+            found = _first_bad_forward(comparison, common, since, outcome.wrong)
+            report.divergence = found[0] if third is None else _ask(third, comparison, found)
+            return report
+        if outcome.state is not None and not free_running:
+            comparison.reference.take_over(read_state(manifest, outcome.state))
+            common, since = outcome.state, []
         progress(report.tokens, len(ids))
     return report
+
+
+@torch.inference_mode()
+def perplexities(
+    session: Session,
+    reference: ReferenceModel,
+    ids: Sequence[int],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[float, float]:
+    """Perplexity of `ids`, read in blocks by the bundle and by PyTorch, each from its own state.
+
+    Args:
+        session: is reset.
+        reference: of the bundle's checkpoint.
+        ids: at least two tokens.
+        progress: called with tokens read and tokens in all.
+
+    Raises:
+        InvalidArgumentError: fewer than two ids.
+    """
+    if len(ids) < 2:
+        raise InvalidArgumentError(f"ids: expected at least 2 tokens, got {len(ids)}")
+    session.reset()
+    follower = _Follower(reference)
+    block, nll = session.model.manifest.cache.block_size, [0.0, 0.0]
+    for first in range(0, len(ids), block):
+        piece, following = list(ids[first : first + block]), ids[first + 1 : first + 1 + block]
+        ours = torch.from_numpy(session.prefill(piece, return_all=True)).to(reference.device)
+        result = follower.read(piece)
+        follower.update(result)
+        nll = [x + _nll(logits, following) for x, logits in zip(nll, (ours, result.logits[0]), strict=True)]
+        progress(first + len(piece), len(ids))
+    return _exp(nll[0] / (len(ids) - 1)), _exp(nll[1] / (len(ids) - 1))
+
+
+# --- one forward ------------------------------------------------------------------------------------------------------
+
+
+class _Follower:
+    """The reference beside a runtime: it knows its length on the host, and on a GPU its steps are CUDA graphs.
+
+    Eager steps of a small model take 60 ms on any GPU, which is all launches.
+    """
+
+    def __init__(self, model: ReferenceModel) -> None:
+        self.model = model
+        self.state = model.empty_state()
+        self.length = 0
+        self.graph: _StepGraph | None = None
+
+    def take_over(self, state: LococoState) -> None:
+        """Goes on from `state`."""
+        self._keep(to_device(state, self.model.device))
+        self.length = int(state.length[0])
+
+    def read(self, ids: Sequence[int]) -> ForwardResult:
+        """A forward; the state is not touched. The result of a step is valid until the next one."""
+        tensor = torch.tensor([list(ids)], device=self.model.device)
+        if len(ids) > 1 or self.model.device.type != "cuda":
+            result: ForwardResult = self.model(tensor, self.state)
+            return result
+        if self.graph is None:
+            self.graph = _StepGraph(self.model, self.state)
+            self.state = self.graph.state
+        return self.graph.read(tensor)
+
+    def fuses(self, n: int) -> bool:
+        """Whether a forward of n tokens ends with a fusion."""
+        return self.length + n > self.model.cache.capacity
+
+    def update(self, result: ForwardResult) -> None:
+        """Appends or fuses."""
+        n = result.new_keys[0].shape[2]
+        fuses = self.fuses(n)
+        if n == 1 and not fuses and self.graph is not None:
+            self.graph.append.replay()
+        else:
+            self._keep(self.model.update(self.state, result, fuse=fuses))
+        self.length = self.model.cache.mem_size if fuses else self.length + n
+
+    def _keep(self, state: LococoState) -> None:
+        if self.graph is None:
+            self.state = state
+        else:
+            _copy(self.graph.state, state)
+
+
+class _StepGraph:
+    """A forward of one token over buffers of its own as a CUDA graph, and its append as another."""
+
+    def __init__(self, model: ReferenceModel, state: LococoState) -> None:
+        self.ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        self.state = to_device(state, model.device, copy=True)
+        with torch.cuda.device(model.device):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries set themselves up outside a capture
+                model.update(self.state, model(self.ids, self.state), fuse=False)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.forward, self.append = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.forward):
+                self.result: ForwardResult = model(self.ids, self.state)
+            with torch.cuda.graph(self.append):
+                _copy(self.state, model.update(self.state, self.result, fuse=False))
+
+    def read(self, ids: Tensor) -> ForwardResult:
+        self.ids.copy_(ids)
+        self.forward.replay()
+        return self.result
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of one forward: the state if it was looked at, and the first tensor that is wrong, with the reason."""
+
+    state: bytes | None
+    wrong: tuple[str, str] | None
+
+
+class _Comparison:
+    """Both sides, forward by forward; the worst values go to `report`."""
+
+    def __init__(self, session: Session, reference: _Follower, report: Report) -> None:
+        self.session, self.reference, self.report = session, reference, report
+        self.manifest = session.model.manifest
+
+    def forward(self, piece: list[int], following: Sequence[int] = (), columns: bool = False) -> _Outcome:
+        """Reads `piece` on both sides and compares; with `columns` the new columns of all layers too.
+
+        `following` are the tokens after each of `piece`, as far as there are any.
+        """
+        r, before = self.report, self.reference.state
+        length, fuses = self.reference.length, self.reference.fuses(len(piece))
+        logits = self.session.prefill(piece, return_all=True) if len(piece) > 1 else self.session.step(piece[0])[None]
+        ours = torch.from_numpy(logits).to(self.reference.model.device)
+        result = self.reference.read(piece)
+        theirs = result.logits[0]
+        r.forwards += 1
+        r.tokens += len(piece)
+        r.greedy_matches += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        if len(following):
+            r.nll += _nll(ours, following)
+            r.nll_reference += _nll(theirs, following)
+            r.predicted += len(following)
+        detail = _compare_logits(ours, theirs, r)
+        wrong = ("logits", detail) if detail else None
+        state = None
+        if fuses or columns:
+            state = self.session.state()
+            after = to_device(read_state(self.manifest, state), self.reference.model.device)
+            r.fusions += fuses
+            expected_length = self.manifest.cache.mem_size if fuses else length + len(piece)
+            if int(after.length[0]) != expected_length:
+                found = f"{int(after.length[0])} live slots, the reference has {expected_length}"
+                return _Outcome(state, ("past_length", found))
+            # layers first: logits are computed from them
+            compare = self._compare_fusion if fuses else self._compare_columns
+            wrong = compare(before, result, after, length) or wrong
+        self.reference.update(result)
+        return _Outcome(state, wrong)
+
+    def _compare_columns(
+        self, before: LococoState, result: ForwardResult, after: LococoState, length: int
+    ) -> tuple[str, str] | None:
+        """The columns that a forward appended, layer by layer: the first tensor out of tolerance, and why."""
+        end, found = int(after.length[0]), None
+        for i in range(self.manifest.model.num_layers):
+            for name, ours, theirs in (
+                (f"past_key_values.{i}.key", after.keys, result.new_keys),
+                (f"past_key_values.{i}.value", after.values, result.new_values),
+            ):
+                found = found or self._compare(name, ours[i][:, :, length:end], theirs[i])
+        return found
+
+    def _compare_fusion(
+        self, before: LococoState, result: ForwardResult, after: LococoState, length: int
+    ) -> tuple[str, str] | None:
+        """The slots that a fusion left, layer by layer: the first tensor out of tolerance, and why."""
+        model, cache, found = self.reference.model, self.manifest.cache, None
+        n, slots = result.new_keys[0].shape[2], cache.capacity
+        start = torch.tensor([length], device=model.device)
+        count = torch.tensor([n], device=model.device)
+        for i in range(self.manifest.model.num_layers):
+            received = result.scores[i]
+            key, value, scores = (
+                join_columns(past, new, start, count)
+                for past, new in (
+                    (before.keys[i], result.new_keys[i]),
+                    (before.values[i], result.new_values[i]),
+                    (received[:, :, :slots], received[:, :, slots:]),
+                )
+            )
+            columns = (key, value, scores, start + count, cache, model.heads[i] if model.heads else None)
+            ours = after.keys[i][:, :, : cache.mem_size], after.values[i][:, :, : cache.mem_size]
+            self.report.slots += ours[0].shape[1] * cache.mem_size
+            expected, margin = fuse_slots(*columns), 0.0
+            taken = taken_selection(ours, *columns) if all(bool(torch.isfinite(t).all()) for t in ours) else None
+            if taken is not None and taken.swapped:
+                expected, margin = fuse_slots(*columns, taken.selection), taken.margin
+                self.report.swapped += taken.swapped
+                self.report.score_margin = max(self.report.score_margin, margin)
+            found = found or self._compare(f"past_key_values.{i}.key", ours[0], expected.key)
+            found = found or self._compare(f"past_key_values.{i}.value", ours[1], expected.value)
+            if after.scores:
+                mine = after.scores[i][:, :, : cache.mem_size]
+                found = found or self._compare(f"past_scores.{i}", mine, expected.scores)
+            if margin > self.report.tolerance.score_margin and not found:
+                why = f"took a column whose score is {margin:.2e} below the best one left out"
+                found = (f"selection of layer {i}", f"{why} (at most {self.report.tolerance.score_margin:g})")
+        return found
+
+    def _compare(self, name: str, ours: Tensor, theirs: Tensor) -> tuple[str, str] | None:
+        """Updates the worst values; what is out of tolerance."""
+        x, y, t = ours.double().flatten(), theirs.double().flatten(), self.report.tolerance
+        for side, numbers in (("", x), (" in PyTorch", y)):
+            if bad := int((~torch.isfinite(numbers)).sum()):
+                return name, f"{bad:,} of {len(x):,} numbers are not finite{side}"
+        cosine = float(torch.cosine_similarity(x, y, dim=0)) if bool(x.any()) or bool(y.any()) else 1.0
+        ratio = abs(float(x.norm() / y.norm()) - 1) if bool(y.any()) else float(bool(x.any()))
+        self.report.state_cosine = min(self.report.state_cosine, cosine)
+        self.report.state_norm_ratio = max(self.report.state_norm_ratio, ratio)
+        if cosine >= t.state_cosine and ratio <= t.state_norm_ratio:
+            return None
+        return name, f"cosine {cosine:.7f} (at least {t.state_cosine:g}), norm off by {ratio:.2e}"
+
+
+# --- the first bad forward, and the first bad layer -------------------------------------------------------------------
+
+
+def _first_bad_forward(
+    comparison: _Comparison, common: bytes, pieces: list[list[int]], seen: tuple[str, str]
+) -> tuple[Divergence, bytes, list[int]]:
+    """Reads `pieces` once more from the state `common`, both sides from the same state before each of them.
+
+    Also returns the state in front of the forward that is named, and its tokens.
+    """
+    session, reference, manifest = comparison.session, comparison.reference, comparison.manifest
+    again = _Comparison(session, reference, Report(comparison.report.tolerance))
+    first = comparison.report.forwards - len(pieces)
+    session.set_state(common)
+    for number, piece in enumerate(pieces, start=first + 1):
+        before = session.state()
+        reference.take_over(read_state(manifest, before))
+        kind = _kind(number, piece, reference.fuses(len(piece)))
+        outcome = again.forward(piece, columns=True)
+        if outcome.wrong:
+            tensor, detail = outcome.wrong
+            findings = [_where(tensor, manifest.model.num_layers)]
+            if "not finite" in detail:
+                findings.append(_overflow(reference.model, read_state(manifest, before), piece))
+            return Divergence(session.position, kind, tensor, detail, tuple(findings)), before, piece
+    finding = "no forward is out of tolerance when both sides start from the same state: small differences add up"
+    return Divergence(session.position, kind, *seen, (finding,)), before, piece
+
+
+def _kind(number: int, piece: list[int], fuses: bool) -> str:
+    kind = "step" if len(piece) == 1 else f"block of {len(piece)}"
+    return f"forward {number} ({kind}{', with a fusion' if fuses else ''})"
+
+
+def _where(tensor: str, num_layers: int) -> str:
+    """What to look at, given the first tensor that is wrong."""
+    if tensor == "logits":
+        return (
+            f"keys and values of all layers agree: look at layer {num_layers - 1} behind them, the final norm, lm_head"
+        )
+    if tensor.startswith("past_length"):
+        return "look at the cadence of fusions"
+    if tensor.startswith(("selection", "past_scores")):
+        return "keys and values agree: look at the scores of this layer's attention"
+    layer = int(tensor.split(".")[1])
+    before = f"layer {layer - 1}'s attention or MLP" if layer else "the embedding"
+    return f"the layers before it agree: look at {before}, and at layer {layer}'s norm, projections and fusion"
+
+
+def _overflow(model: ReferenceModel, state: LococoState, piece: list[int]) -> str:
+    """Where PyTorch overflows on the same tokens from the same state, or how near it comes."""
+    limit, largest = torch.finfo(model.dtype).max, dict[str, float]()
+
+    def watch(name: str) -> Callable[..., None]:
+        def keep(_module: object, _inputs: object, out: object) -> None:
+            if isinstance(out, Tensor):
+                largest[name] = float(out.float().abs().max())  # NaN stays NaN
+
+        return keep
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        model(torch.tensor([piece], device=model.device), to_device(state, model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    holds = f"{model.dtype} holds up to {limit:g}"
+    for name, value in largest.items():
+        if not value <= limit:
+            return f"PyTorch overflows too, first behind {name}: {holds}; export as bfloat16 or float32"
+    name = max(largest, key=lambda k: largest[k])
+    return (
+        f"PyTorch stays finite, its largest value is {largest[name]:.4g} behind {name}, and {holds}:"
+        " an intermediate result of the engine overflows; build it with more precision"
+    )
+
+
+def _ask(
+    third: Callable[[], Session], comparison: _Comparison, found: tuple[Divergence, bytes, list[int]]
+) -> Divergence:
+    """Adds what another backend says of the first bad forward."""
+    divergence, before, piece = found
+    with third() as session:
+        session.set_state(before)
+        comparison.reference.take_over(read_state(comparison.manifest, before))
+        outcome = _Comparison(session, comparison.reference, Report(comparison.report.tolerance)).forward(
+            piece, columns=True
+        )
+    if outcome.wrong:
+        opinion = f"differs from PyTorch too, in {outcome.wrong[0]}: the export or the checkpoint is to blame"
+    else:
+        opinion = "agrees with PyTorch on it: this backend, or its engine, is to blame"
+    finding = f"another backend, from the same state, {opinion}"
+    return dataclasses.replace(divergence, findings=(*divergence.findings, finding))
 
 
 def read_state(manifest: Manifest, data: bytes) -> LococoState:
@@ -188,19 +550,17 @@ def read_state(manifest: Manifest, data: bytes) -> LococoState:
     )
 
 
-def to_device(state: LococoState, device: torch.device) -> LococoState:
-    """A copy of `state` on `device`."""
+def to_device(state: LococoState, device: torch.device, copy: bool = False) -> LococoState:
+    """`state` on `device`; with `copy` in tensors of its own."""
 
     def move(tensors: list[Tensor]) -> list[Tensor]:
-        return [t.to(device) for t in tensors]
+        return [t.to(device, copy=copy) for t in tensors]
 
     return LococoState(
         move(state.keys),
         move(state.values),
         move(state.scores),
-        state.length.to(device),
-        state.position.to(device),
-        state.logits.to(device),
+        *move([state.length, state.position, state.logits]),
     )
 
 
@@ -209,44 +569,34 @@ def _view(data: memoryview, spec: TensorSpec) -> Tensor:
     return torch.frombuffer(data, dtype=dtypes[spec.dtype]).reshape(spec.shape)
 
 
+def _copy(into: LococoState, state: LococoState) -> None:
+    for name in ("keys", "values", "scores"):
+        for target, source in zip(getattr(into, name), getattr(state, name), strict=True):
+            target.copy_(source)
+    for name in ("length", "position", "logits"):
+        getattr(into, name).copy_(getattr(state, name))
+
+
+def _nll(logits: Tensor, following: Sequence[int]) -> float:
+    """Sum of the negative log likelihoods of the tokens that follow: logits (T, V) float32, at most T tokens."""
+    if not following:
+        return 0.0
+    targets = torch.tensor(list(following), device=logits.device)
+    return float(F.cross_entropy(logits[: len(targets)].float(), targets, reduction="sum"))
+
+
 def _compare_logits(ours: Tensor, theirs: Tensor, report: Report) -> str:
     """Updates the worst values; says what is out of tolerance, "" if nothing. Both (T, V) float32."""
-    if not bool(torch.isfinite(ours).all()):
-        return "not finite"
+    for side, logits in (("", ours), (" in PyTorch", theirs)):
+        if bad := int((~torch.isfinite(logits)).sum()):
+            return f"{bad:,} of {logits.numel():,} numbers are not finite{side}"
     worst = float((ours - theirs).abs().max())
     cosine = float(torch.cosine_similarity(ours.double(), theirs.double(), dim=-1).min())
     report.logits_max_abs = max(report.logits_max_abs, worst)
     report.logits_cosine = min(report.logits_cosine, cosine)
     t = report.tolerance
-    if worst > t.logits_max_abs:
+    if not worst <= t.logits_max_abs:
         return f"max abs difference {worst:.3g}, at most {t.logits_max_abs:g}"
-    if cosine < t.logits_cosine:
+    if not cosine >= t.logits_cosine:
         return f"cosine {cosine:.7f}, at least {t.logits_cosine:g}"
     return ""
-
-
-def _compare_state(
-    manifest: Manifest, ours: LococoState, theirs: LococoState, report: Report
-) -> tuple[str, str] | None:
-    """Updates the worst values; the first tensor out of tolerance, in the order of computation, and why."""
-    length, expected = int(ours.length[0]), int(theirs.length[0])
-    if length != expected:
-        return "past_length", f"{length} live slots, the reference has {expected}"
-    t, found = report.tolerance, None
-    for i in range(manifest.model.num_layers):
-        prefix = f"past_key_values.{i}"
-        pairs = [(f"{prefix}.key", ours.keys, theirs.keys), (f"{prefix}.value", ours.values, theirs.values)]
-        if ours.scores:
-            pairs.append((f"past_scores.{i}", ours.scores, theirs.scores))
-        for name, a, b in pairs:
-            x, y = a[i][:, :, :length].double().flatten(), b[i][:, :, :length].cpu().double().flatten()
-            cosine = float(torch.cosine_similarity(x, y, dim=0)) if bool(torch.isfinite(x).all()) else float("nan")
-            ratio = abs(float(x.norm() / y.norm()) - 1)
-            report.state_cosine = min(report.state_cosine, cosine)
-            report.state_norm_ratio = max(report.state_norm_ratio, ratio)
-            if found is None and not (cosine >= t.state_cosine and ratio <= t.state_norm_ratio):
-                found = (
-                    name,
-                    f"cosine {cosine:.7f} (at least {t.state_cosine:g}), norm off by {ratio:.2e}",
-                )
-    return found
