@@ -67,7 +67,7 @@ def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def rows(bundle: Path) -> list[dict[str, Any]]:
-    with Bench(bundle, num_threads=1) as bench:
+    with Bench(bundle) as bench:
         return list(bench.run(Plan((5, 40), (20,), (0, 100, 3000, 1_000_000), 2, "position")))
 
 
@@ -96,7 +96,7 @@ def test_every_step_is_counted_with_or_without_a_fusion(rows: list[dict[str, Any
 
 
 def test_a_session_is_measured_at_the_depth_it_says(bundle: Path) -> None:
-    with Bench(bundle, num_threads=1) as bench:
+    with Bench(bundle) as bench:
         for depth, by in ((7, "prefill"), (1001, "prefill"), (5000, "position")):
             state, how = bench._reach(depth, by)  # type: ignore[arg-type]
             assert how == by
@@ -181,7 +181,7 @@ def test_plot_draws_every_implementation(rows: list[dict[str, Any]], tmp_path: P
 
 
 def test_command_measures_compares_and_fails(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [str(bundle), "-p", "0", "-n", "20", "-d", "100", "-r", "2", "-t", "1"]
+    command = [str(bundle), "-p", "0", "-n", "20", "-d", "100", "-r", "2"]
     assert main([*command, "-o", "json"]) == 0
     baseline = tmp_path / "old.json"
     baseline.write_text(capsys.readouterr().out)

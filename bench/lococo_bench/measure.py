@@ -290,7 +290,7 @@ class Bench:
 
     def _generate(self, n: int, state: bytes | None, plan: Plan) -> Row:
         """Greedy generation, n forwards in one call; single steps; whole windows."""
-        samples, ends = [], 0
+        samples = []
         energy = None
         for repetition in range(plan.repetitions + 1):
             self._restore(state)
@@ -299,9 +299,7 @@ class Bench:
             if repetition == 1:
                 energy = self.device.energy_joules()
             # the first token is there already, so n + 1 tokens take n forwards
-            tokens: list[int] = []
-            samples.append(self.clock.ns(lambda out=tokens: out.extend(self._greedy(n + 1))))  # type: ignore[misc]
-            ends += sum(t in self.manifest.model.eos_token_ids for t in tokens[:-1]) if repetition else 0
+            samples.append(self.clock.ns(lambda: self._greedy(n + 1)))
         energy_after = self.device.energy_joules()
         joules = None if energy is None or energy_after is None else energy_after - energy
         self.progress(f"single steps after {n} tokens")
@@ -311,7 +309,6 @@ class Bench:
             "n_prompt": 0,
             "n_gen": n,
             **timing(samples[1:], samples[0], n),
-            "n_end_of_sequence": ends,  # each one stops a window half-way
             "plain_step_ms": summary_ms(plain) if plain else None,
             "fusion_step_ms": summary_ms(fusion) if fusion else None,
             "window_ms_per_token": self._windows(n, state, plan.repetitions),
