@@ -396,6 +396,8 @@ class _Work:
         linear = 1 << int(trt.TensorFormat.LINEAR)
         for t in graph.outputs:
             network.mark_output(tensors[t.name])
+            if not self.kit.strongly_typed:
+                tensors[t.name].dtype = self.kit.native_dtype(t.dtype)  # else 8.6 converts it to float32
         for t in (*given, *graph.outputs):
             tensors[t.name].allowed_formats = linear
         return network
@@ -509,4 +511,5 @@ def _check_tensors(graph: PreparedGraph | KernelNetwork, found: dict[str, Tensor
         if expected.get(name) != found.get(name)
     ]
     if wrong:
-        raise BackendError(f"{path}: the plan's inputs and outputs are not the graph's: {'; '.join(wrong)}")
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise BackendError(f"{path}: the plan's inputs and outputs are not the graph's: {'; '.join(wrong[:5])}{more}")
