@@ -56,7 +56,7 @@ class GraphWriter:
 
         cos, sin = self._rotary_angles(t, w)  # (b, 1, w, d/2) each, in the model's dtype
         mask = self._attention_mask(t, w)  # (b, 1, 1, w, s) float32, added to the logits
-        rows = self._valid_rows(t, w) if w > 1 else None  # (b, 1, 1, g*w) float32, 1 for real queries
+        rows = self._query_rows(t, w) if w > 1 else None  # (b, 1, 1, g*w) float32: what queries count for in scores
 
         x = t.op("Gather", "model.embed_tokens.weight", "input_ids")  # (b, w, hidden)
         x = t.reshape(x, b * w, m.hidden_size)
@@ -102,7 +102,12 @@ class GraphWriter:
         if decay == 0:
             t.reshape(received, b, h, c + w, output=f"scores.{i}")
             return
-        old = t.op("Mul", f"past_scores.{i}", t.constant(decay, "float32"))
+        if self.cache.decay_per == "token" and w > 1:
+            count = t.cast(t.reshape("num_tokens", b, 1, 1), "float32")
+            factor = t.op("Pow", t.constant(decay, "float32"), count)  # (b, 1, 1)
+        else:
+            factor = t.constant(decay, "float32")
+        old = t.op("Mul", f"past_scores.{i}", factor)
         old = t.op("Concat", old, t.constant(np.zeros((b, h, w)), "float32"), axis=2)
         t.op("Add", t.reshape(received, b, h, c + w), old, output=f"scores.{i}")
 
@@ -185,12 +190,17 @@ class GraphWriter:
         new = t.op("Expand", new, t.shape(b, 1, 1, w, w))
         return t.op("Concat", past, new, axis=-1)
 
-    def _valid_rows(self, t: NodeList, w: int) -> str:
-        """(b, 1, 1, g*w): 1 for the queries of real tokens, 0 for padding."""
+    def _query_rows(self, t: NodeList, w: int) -> str:
+        """(b, 1, 1, g*w): what queries count for in the scores: 1, or less by their age; 0 for padding."""
         t.scope = "rows."
-        real = t.op("Less", t.constant(np.arange(w)[None], "int32"), t.reshape("num_tokens", self.batch, 1))  # (b, w)
-        real = t.reshape(t.cast(real, "float32"), self.batch, 1, 1, w)
-        return t.op("Concat", *[real] * self.group, axis=-1) if self.group > 1 else real
+        count, token = t.reshape("num_tokens", self.batch, 1), t.constant(np.arange(w)[None], "int32")
+        rows = t.cast(t.op("Less", token, count), "float32")  # (b, w)
+        if self.cache.decay_per == "token":
+            age = t.op("Sub", t.op("Sub", count, t.constant(1, "int32")), token)
+            age = t.op("Max", t.cast(age, "float32"), t.constant(0.0, "float32"))  # of padding it is not used
+            rows = t.op("Mul", rows, t.op("Pow", t.constant(self.cache.score_decay, "float32"), age))
+        rows = t.reshape(rows, self.batch, 1, 1, w)
+        return t.op("Concat", *[rows] * self.group, axis=-1) if self.group > 1 else rows
 
     # --- lm_head -----------------------------------------------------------------------------------------------------
 

@@ -421,12 +421,18 @@ class ReferenceModel(nn.Module):
         visible = torch.cat([past[:, None].expand(-1, n, -1), causal.expand(batch, -1, -1)], dim=-1)  # (B, n, S)
         cos, sin = self.rotary(state.position, n)
 
+        weight = valid.float()  # (B, n): what each query counts for in the scores
+        past_weight = torch.full_like(weight[:, :1], self.cache.score_decay)  # (B, 1)
+        if self.cache.decay_per == "token":
+            weight = weight * torch.pow(self.cache.score_decay, (num_tokens[:, None] - 1 - token).clamp(min=0).float())
+            past_weight = torch.pow(self.cache.score_decay, num_tokens[:, None].float())
+
         x = self.model.embed_tokens(ids)  # (B, n, hidden)
         keys, values, scores = [], [], []
         for i, layer in enumerate(self.model.layers):
-            x, key, value, received = layer(x, cos, sin, state.keys[i], state.values[i], visible, valid)
+            x, key, value, received = layer(x, cos, sin, state.keys[i], state.values[i], visible, weight)
             if state.scores:
-                received = received + F.pad(self.cache.score_decay * state.scores[i], (0, n))
+                received = received + F.pad(past_weight[:, None] * state.scores[i], (0, n))
             keys.append(key)
             values.append(value)
             scores.append(received)

@@ -21,7 +21,16 @@ from lococo_runtime.bundle import LococoConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lococo_export.reference import Attention, DecoderLayer, FusionHead, ReferenceModel, fuse_slots, rotate
+from lococo_export.reference import (
+    Attention,
+    DecoderLayer,
+    FusionHead,
+    ReferenceModel,
+    mixing_logits,
+    rotate,
+    select,
+    take_columns,
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,30 @@ class Slots:
         return Slots(self.key.detach(), self.value.detach(), self.scores, self.sinks)
 
 
+@dataclass(frozen=True)
+class ScoreDecay:
+    """How scores age: multiplied by `factor` at every forward, or with every token."""
+
+    factor: float = 0.0
+    per_token: bool = False
+
+    def query_weights(self, forward: Forward, device: torch.device) -> Tensor:
+        """(1, n) float32: what each query counts for in the scores after the forward.
+
+        All the same in a block, unless scores age by token. Token by token every forward multiplies older scores: with
+        0, the published way, only the last query counts.
+        """
+        n = forward.stop - forward.start
+        if not (forward.stepwise or self.per_token):
+            return torch.ones(1, n, device=device)
+        age = torch.arange(n - 1, -1, -1, dtype=torch.float32, device=device)
+        return torch.pow(self.factor, age)[None]  # 0 to the power of 0 is 1
+
+    def past(self, forward: Forward) -> float:
+        """What scores from before the forward are multiplied with."""
+        return self.factor ** (forward.stop - forward.start if forward.stepwise or self.per_token else 1)
+
+
 class Policy(Protocol):
     """What happens to a cache that is over its capacity."""
 
@@ -91,7 +124,7 @@ class Policy(Protocol):
     def capacity(self) -> int | None: ...
 
     @property
-    def score_decay(self) -> float: ...
+    def decay(self) -> ScoreDecay: ...
 
     def compress(self, layer: int, slots: Slots, position: int) -> Slots:
         """Exactly `mem_size` columns; `position` tokens have been read."""
@@ -105,7 +138,7 @@ class FullCache:
     name: str = "full"
     mem_size: int = 0
     capacity: int | None = None
-    score_decay: float = 0.0
+    decay: ScoreDecay = ScoreDecay()
 
     def compress(self, layer: int, slots: Slots, position: int) -> Slots:
         return slots
@@ -135,14 +168,30 @@ class Fusion:
         return self.cache.capacity
 
     @property
-    def score_decay(self) -> float:
-        return self.cache.score_decay
+    def decay(self) -> ScoreDecay:
+        return ScoreDecay(self.cache.score_decay, self.cache.decay_per == "token")
 
     def compress(self, layer: int, slots: Slots, position: int) -> Slots:
+        return self.compress_layers(self.heads[layer : layer + 1], slots)
+
+    def compress_layers(self, heads: Sequence[FusionHead], slots: Slots) -> Slots:
+        """`reference.fuse_slots` where every column is live, for several layers at once: rows are (layers * B)."""
         length = torch.full(slots.key.shape[:1], slots.key.shape[2], device=slots.key.device)
-        head = self.heads[layer] if self.heads else None
-        fused = fuse_slots(slots.key, slots.value, slots.scores, length, self.cache, head)
-        return Slots(fused.key, fused.value, fused.scores.detach())
+        chosen = select(slots.scores, length, self.cache)
+        columns = (slots.key, slots.value, slots.scores)
+        kept = [take_columns(x, chosen.keep) for x in columns]
+        if heads:
+            rest = [take_columns(x, chosen.rest) for x in columns]
+            parts = zip(*(x.chunk(len(heads)) for x in (rest[0], rest[1], chosen.rest_length)), heads, strict=True)
+            z = torch.cat([mixing_logits(*part, self.cache.activation) for part in parts])  # (layers * B, K, mc, N)
+            mixing = z.softmax(-1)
+            normalizers = torch.stack([torch.as_tensor(h.normalizer, device=z.device) for h in heads])
+            n = normalizers.repeat_interleave(len(z) // len(heads))[:, None, None, None]
+            rest[2] = rest[2][..., None]  # (layers * B, K, N, 1) float32
+            for i, (x, w) in enumerate(zip(rest, (mixing, mixing, mixing.detach().float()), strict=True)):
+                mixed = torch.lerp(take_columns(x, chosen.residual), w @ x, n.to(x.dtype))
+                kept[i] = torch.cat([kept[i], mixed if i < 2 else mixed.squeeze(-1)], 2)
+        return Slots(kept[0], kept[1], kept[2].detach())
 
 
 @dataclass(frozen=True)
@@ -158,7 +207,7 @@ class Streaming:
     buffer: int = 16
     num_sinks: int = 4
     name: str = "streaming"
-    score_decay: float = 0.0
+    decay: ScoreDecay = ScoreDecay()
 
     def __post_init__(self) -> None:
         if not self.num_sinks < self.mem_size:
@@ -187,25 +236,52 @@ def visible_columns(forward: Forward, device: torch.device) -> Tensor:
     return torch.ones(1, n, forward.past + n, dtype=torch.bool, device=device).tril(forward.past)
 
 
-def query_weights(forward: Forward, decay: float, device: torch.device) -> Tensor:
-    """(1, n) float32: what each query counts for in the scores after the forward.
+def attend(
+    query: Tensor,  # (R, H, n, d)
+    keys: Tensor,  # (R, K, S, d)
+    values: Tensor,  # (R, K, S, d)
+    visible: Tensor,  # (1, n, S) bool
+    weight: Tensor,  # (1, n) float32
+) -> tuple[Tensor, Tensor]:
+    """`Attention.attend` before the output projection: (R, H, n, d), and what every column receives (R, K, S).
 
-    All the same in a block. Token by token every forward multiplies older scores by `decay`: with 0, the published
-    way, only the last query counts.
+    Scores have no gradient, so that the output can come from a kernel that keeps no probabilities.
     """
-    n = forward.stop - forward.start
-    if not forward.stepwise:
-        return torch.ones(1, n, device=device)
-    age = torch.arange(n - 1, -1, -1, dtype=torch.float32, device=device)
-    return torch.pow(decay, age)[None]  # 0 to the power of 0 is 1
+    group = query.shape[1] // keys.shape[1]
+    with torch.no_grad():
+        n, columns = query.shape[2], keys.shape[2]
+        rows = query.detach().reshape(*keys.shape[:2], group * n, -1)
+        weights = (
+            (rows @ keys.detach().transpose(2, 3)).mul_(query.shape[3] ** -0.5).view(*keys.shape[:2], group, n, columns)
+        )
+        weights = weights.float().masked_fill_(~visible[:, None, None], -torch.inf).softmax(-1)
+        received = (weight.repeat(1, group)[:, None, None] @ weights.flatten(2, 3)).squeeze(2)  # (R, K, S)
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible[:, None])
+    return out, received
 
 
-def append(slots: Slots | None, key: Tensor, value: Tensor, received: Tensor, forward: Forward, decay: float) -> Slots:
+def read_layer(
+    layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, past_key: Tensor, past_value: Tensor,
+    visible: Tensor, weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`DecoderLayer.forward`: output (B, n, hidden), all keys and values (B, K, L + n, d), what columns received."""
+    attention = layer.self_attn
+    query, key, value = attention.project(layer.input_layernorm(x), cos, sin)
+    keys, values = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+    mixed, received = attend(query, keys, values, visible, weight)
+    x = x + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x)), keys, values, received
+
+
+def append(
+    slots: Slots | None, key: Tensor, value: Tensor, received: Tensor, forward: Forward, decay: ScoreDecay
+) -> Slots:
     """The cache after a forward, before any fusion; `key` and `value` hold all L + n columns already."""
     received = received.detach()
-    if decay and slots is not None:
-        steps = forward.stop - forward.start if forward.stepwise else 1
-        received = received + F.pad(slots.scores * decay**steps, (0, received.shape[-1] - slots.scores.shape[-1]))
+    if decay.factor and slots is not None:
+        past = slots.scores * decay.past(forward)
+        received = received + F.pad(past, (0, received.shape[-1] - past.shape[-1]))
     return Slots(key, value, received, None if slots is None else slots.sinks)
 
 
@@ -223,9 +299,9 @@ class BlockReader:
 
     def read(self, ids: Tensor, forward: Forward) -> Tensor:
         """Reads ids (B, n), the tokens of `forward`: hidden states (B, n, hidden), after the final norm."""
-        model, decay = self.model, self.policy.score_decay
+        model, decay = self.model, self.policy.decay
         visible = visible_columns(forward, ids.device)
-        weight = query_weights(forward, decay, ids.device)
+        weight = decay.query_weights(forward, ids.device)
         cos, sin = model.rotary(torch.tensor([self.position], device=ids.device), ids.shape[1])
         x = model.model.embed_tokens(ids)
         g = model.geometry
@@ -234,12 +310,11 @@ class BlockReader:
         for i, layer in enumerate(model.model.layers):
             old = self.slots[i] if self.slots else None
             past_key, past_value = (old.key, old.value) if old else (empty, empty)
-            inputs = (x, cos, sin, past_key, past_value, visible, weight)
+            inputs = (cast(DecoderLayer, layer), x, cos, sin, past_key, past_value, visible, weight)
             if self.checkpointing and torch.is_grad_enabled():
-                x, key, value, received = checkpoint(layer, *inputs, use_reentrant=False)
+                x, keys, values, received = checkpoint(read_layer, *inputs, use_reentrant=False)
             else:
-                x, key, value, received = layer(*inputs)
-            keys, values = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+                x, keys, values, received = read_layer(*inputs)
             after.append(append(old, keys, values, received, forward, decay))
         self.slots = after
         self.position += ids.shape[1]

@@ -121,7 +121,7 @@ class Fit:
         if not s.init_from:
             return initial_heads(self.base.geometry, cache, seed=s.seed, std=s.init_std, normalizer=s.init_normalizer)
         start = load_checkpoint(s.init_from)
-        free = {"block_size", "buffer", "local_len", "activation", "score_decay"}
+        free = {"block_size", "buffer", "local_len", "activation", "score_decay", "decay_per"}
         ours, theirs = dataclasses.asdict(cache), dataclasses.asdict(start.config)
         wrong = [
             f"{k}: expected {ours[k]!r}, got {theirs[k]!r}" for k in ours if k not in free and ours[k] != theirs[k]
@@ -213,12 +213,12 @@ class Fit:
             self.held_out[name] = math.exp(float(nll[:, s.context // 2 - 1 :].mean()))
         return dict(self.held_out)
 
-    def estimate(self) -> str:
-        """Measures steps of either regime, changing nothing, and says what the whole run will take."""
+    def measure(self) -> dict[str, float]:
+        """Seconds of a step of either regime that is still to come; changes nothing."""
         s = self.settings
-        regimes = {step: training_plan(s, step).regime for step in range(self.step, s.steps)}
+        regimes = {training_plan(s, step).regime: step for step in range(self.step, s.steps)}
         seconds = {}
-        for regime, step in {regime: step for step, regime in regimes.items()}.items():
+        for regime, step in regimes.items():
             for _ in range(2):  # the first one warms up
                 self._synchronize()
                 start = time.perf_counter()
@@ -226,7 +226,14 @@ class Fit:
                 self._synchronize()
                 seconds[regime] = time.perf_counter() - start
         self.optimizer.zero_grad(set_to_none=True)
-        total = sum(seconds[regime] for regime in regimes.values())
+        return seconds
+
+    def estimate(self) -> str:
+        """Measures steps of either regime and says what the whole run will take."""
+        s = self.settings
+        regimes = [training_plan(s, step).regime for step in range(self.step, s.steps)]
+        seconds = self.measure()
+        total = sum(seconds[regime] for regime in regimes)
         if self.model.device.type == "cuda":
             memory, where = torch.cuda.max_memory_allocated(self.model.device), "on the GPU"
         else:

@@ -9,6 +9,7 @@ trained on its own, with one layer in memory at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lococo_export.reference import Attention, ReferenceModel
 
-from .blocks import BlockReader, Fusion, Slots, append, query_weights, read_uncompressed, visible_columns
+from .blocks import BlockReader, Fusion, Slots, append, attend, read_uncompressed, visible_columns
 from .evaluate import LOGITS_AT_ONCE
 from .heads import TrainableHead
 from .settings import FitSettings, TrainingPlan
@@ -30,6 +31,17 @@ class StepLosses:
     layers: Tensor  # (layers,) squared error of the attention output over its mean square
     lm: Tensor  # () nats a token
     distill: Tensor  # () nats a token
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one layer computes with the full cache."""
+
+    attention: Attention
+    query: Tensor  # (B, H, T, d)
+    key: Tensor  # (B, K, T, d)
+    value: Tensor  # (B, K, T, d)
+    target: Tensor  # (B, T, hidden)
 
 
 class Losses:
@@ -55,30 +67,37 @@ class Losses:
 
     def _uncompressed(self, ids: Tensor, plan: TrainingPlan, share: float, into: StepLosses) -> Tensor:
         """One uncompressed forward, which every layer is fitted beside: hidden states (B, T, hidden)."""
-        decay, device = self.policy.score_decay, ids.device
-        masks = [(visible_columns(f, device), query_weights(f, decay, device)) for f in plan.forwards]
+        decay, device = self.policy.decay, ids.device
+        masks = [(visible_columns(f, device), decay.query_weights(f, device)) for f in plan.forwards]
+        waiting: list[LayerInputs] = []
 
-        def fit_layer(i: int, attention: Attention, query: Tensor, key: Tensor, value: Tensor, target: Tensor) -> None:
-            with torch.enable_grad():
-                into.layers[i] += share * self._layer(i, attention, query, key, value, target, plan, masks, share)
+        def fit_layer(i: int, *inputs: Any) -> None:
+            waiting.append(LayerInputs(*inputs))
+            if len(waiting) == self.settings.layers_at_once or i == self.model.geometry.num_layers - 1:
+                layers = slice(i + 1 - len(waiting), i + 1)
+                with torch.enable_grad():
+                    into.layers[layers] += share * self._layers(layers, waiting, plan, masks, share)
+                waiting.clear()
 
         return read_uncompressed(self.model, ids, fit_layer if self.settings.reconstruction_weight else None)
 
-    def _layer(
+    def _layers(
         self,
-        i: int,
-        attention: Attention,
-        query: Tensor,  # (B, H, T, d)
-        key: Tensor,  # (B, K, T, d)
-        value: Tensor,  # (B, K, T, d)
-        target: Tensor,  # (B, T, hidden)
+        layers: slice,
+        inputs: list[LayerInputs],
         plan: TrainingPlan,
         masks: list[tuple[Tensor, Tensor]],
         share: float,
     ) -> Tensor:
-        """The layer's loss (); one layer reads the whole window with the compressed cache."""
-        power = target.float().square().mean((1, 2), keepdim=True)  # (B, 1, 1): of a window, whatever it is read with
-        total = torch.zeros((), device=target.device)
+        """Losses of some layers (layers,); they read the whole window with compressed caches, side by side."""
+        count = len(inputs)
+        query, key, value = (torch.cat([getattr(x, name) for x in inputs]) for name in ("query", "key", "value"))
+        target = torch.stack([x.target for x in inputs])  # (layers, B, T, hidden)
+        power = torch.stack([x.float().square().mean((1, 2), keepdim=True) for x in target])  # (layers, B, 1, 1)
+        project = torch.stack([x.attention.o_proj.weight for x in inputs]).transpose(1, 2)  # (layers, H * d, hidden)
+        bias = [x.attention.o_proj.bias for x in inputs]
+        heads = self.policy.heads[layers]
+        total = torch.zeros(count, device=target.device)
         slots: Slots | None = None
         segment = _Segment(self.settings.bptt, share * self.settings.reconstruction_weight)
         for forward, (visible, weight) in zip(plan.forwards, masks, strict=True):
@@ -86,18 +105,22 @@ class Losses:
             keys, values = key[:, :, part], value[:, :, part]
             if slots is not None:
                 keys, values = torch.cat([slots.key, keys], 2), torch.cat([slots.value, values], 2)
-            out, received = attention.attend(query[:, :, part], keys, values, visible, weight)
-            if out.requires_grad:
-                error = ((out.float() - target[:, part].float()).square() / power).mean()
+            mixed, received = attend(query[:, :, part], keys, values, visible, weight)  # (layers * B, H, n, d)
+            if mixed.requires_grad:
+                goal = target[:, :, part]
+                out = torch.bmm(mixed.transpose(1, 2).reshape(count, -1, project.shape[1]), project).view(goal.shape)
+                if bias[0] is not None:
+                    out = out + torch.stack(bias)[:, None, None]
+                error = ((out.float() - goal.float()).square() / power).mean((1, 2, 3))  # (layers,)
                 error = error * ((forward.stop - forward.start) / plan.scored_tokens)
                 total += error.detach()
-                segment.add(error)
-            slots = append(slots, keys, values, received, forward, self.policy.score_decay)
+                segment.add(error.sum())
+            slots = append(slots, keys, values, received, forward, self.policy.decay)
             if forward.fuses and forward is not plan.forwards[-1]:
                 if segment.ends(plan.trains(forward)):
                     slots = slots.detach()
                 with torch.set_grad_enabled(plan.trains(forward)):
-                    slots = self.policy.compress(i, slots, forward.stop)
+                    slots = self.policy.compress_layers(heads, slots)
         segment.backward()
         return total
 

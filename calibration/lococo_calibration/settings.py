@@ -44,6 +44,7 @@ class FitSettings:
     conv_expand: int = _option(1, "channels of inner convolutions, as a multiple of the mixed slots")
     fusion_activation: str = _option("none", "after every convolution: none, relu, silu, gelu, tanh")
     score_decay: float = _option(0.0, "0: scores of the last forward; up to 1: accumulated with this decay")
+    decay_per: str = _option("forward", "scores decay with every forward, or with every token")
 
     reconstruction_weight: float = _option(1.0, "of the layers' attention outputs against the full cache")
     lm_weight: float = _option(0.0, "of the next-token loss, through the whole model")
@@ -70,6 +71,7 @@ class FitSettings:
 
     dtype: str = _option("auto", "of model and cache: fp32, bf16; auto is bf16 on a GPU, else fp32")
     device: str = _option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one")
+    layers_at_once: int = _option(10, "layers that reconstruction fits side by side: fewer need less memory")
     checkpointing: bool = _option(False, "compute layers again in the backward pass (lm and distill losses)")
     heads_dtype: str = _option("fp32", "in which heads are saved: fp32, bf16, fp16")
     log_every: int = _option(10, "steps between progress lines")
@@ -91,6 +93,7 @@ class FitSettings:
             if not getattr(self, name):
                 raise ConfigError(f"{name}: expected --{name} on the command line or in the configuration file")
         for name in ("bptt", "context", "batch", "accumulate", "steps", "log_every", "save_every", "eval_windows",
+                     "layers_at_once",
                      "decode_fusions"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -132,12 +135,13 @@ class FitSettings:
             conv_expand=self.conv_expand,
             activation=self.fusion_activation,
             score_decay=self.score_decay,
+            decay_per=self.decay_per,
         )
 
 
 NOT_COMPARED = (
     "model", "text", "output", "cache_dir", "init_from", "device", "log_every", "eval_every", "eval_windows",
-    "save_every", "heads_dtype",
+    "save_every", "heads_dtype", "layers_at_once",
 )  # fmt: skip
 """Settings that a resumed run may change; what lies behind the paths is compared by its contents."""
 

@@ -42,6 +42,7 @@ STATE_SCHEMA_VERSION = 2
 
 POLICIES = ("lococo", "h2o")
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "tanh")
+DECAY_UNITS = ("forward", "token")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -80,6 +81,8 @@ class LococoConfig:
     activation: str = "relu"
     score_decay: float = 0.0
     """Scores of a forward = score_decay * old scores + this forward's. 0: last forward only, as published; 1: H2O."""
+    decay_per: str = "forward"
+    """"forward", or "token": a query of age a counts score_decay**a, however the tokens are cut into forwards."""
 
     def __post_init__(self) -> None:
         _require(self.policy in POLICIES, f"policy: expected one of {', '.join(POLICIES)}, got {self.policy!r}")
@@ -107,6 +110,10 @@ class LococoConfig:
         )
         _require(
             0.0 <= self.score_decay <= 1.0, f"score_decay: expected a number from 0 to 1, got {self.score_decay!r}"
+        )
+        _require(
+            self.decay_per in DECAY_UNITS,
+            f"decay_per: expected one of {', '.join(DECAY_UNITS)}, got {self.decay_per!r}",
         )
         if self.policy == "h2o":
             _require(

@@ -1,0 +1,309 @@
+"""Fit fusion heads by several recipes side by side on one GPU and measure them beside the baselines, in bounded time.
+
+    python scripts/fit_heads.py PLAN.toml --model DIR --corpus DIR --out DIR --budget-seconds 480
+
+A plan has a table of settings of lococo-fit for all jobs, and jobs: `[[job]] name, seconds, stages = [{...}, ...]`.
+Each stage fits with its settings for its share of the seconds (steps are counted from a measurement before it, so that
+what came out can be repeated with that number), from the heads of the stage before. A job without stages measures the
+baselines. Every figure is written as soon as it is there: OUT/NAME.json, heads in OUT/NAME/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lococo_calibration.blocks import FullCache, Fusion, Policy, Streaming
+from lococo_calibration.data import Corpus, load_corpus
+from lococo_calibration.evaluate import (
+    as_json,
+    choose_windows,
+    passkey_model,
+    passkey_prompts,
+    passkey_rows,
+    perplexity_rows,
+    window_nll,
+)
+from lococo_calibration.fit import Fit
+from lococo_calibration.settings import FitSettings, training_plan
+from lococo_runtime.bundle import LococoConfig
+from lococo_runtime.llm import load_tokenizer
+from lococo_export.checkpoints import load_checkpoint
+from lococo_export.reference import ReferenceModel
+
+try:
+    import tomllib
+except ModuleNotFoundError:
+    import tomli as tomllib
+
+KINDS = ("prose", "code")
+
+
+class Record:
+    """A job's findings, on disk after every addition."""
+
+    def __init__(self, path: Path, deadline: float) -> None:
+        self.path, self.deadline = path, deadline
+        self.document: dict[str, Any] = {}
+
+    def left(self) -> float:
+        return self.deadline - time.time()
+
+    def add(self, key: str, value: Any) -> None:
+        if isinstance(value, list):
+            self.document.setdefault(key, []).extend(value)
+        else:
+            self.document[key] = value
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, self.path)
+
+
+class Measure:
+    """The same held-out windows and prompts for every policy."""
+
+    def __init__(self, model: ReferenceModel, args: argparse.Namespace, record: Record) -> None:
+        self.model, self.args, self.record = model, args, record
+        self.ids, self.documents = {}, {}
+        for kind in KINDS:
+            corpus = self._corpus(args.corpus / "held_out" / kind)
+            windows = choose_windows(corpus, args.context, args.windows)
+            self.ids[kind] = corpus.read(windows, args.context)
+            self.documents[kind] = [corpus.names[d] for d, _ in windows]
+
+    def _corpus(self, folder: Path) -> Corpus:
+        size = self.model.geometry.vocab_size
+        return load_corpus([folder], self.args.model, size, cache_dir=self.args.out / "tokens")
+
+    def perplexity(self, policy: Policy, block: int, regime: str, contexts: list[int], job: str) -> None:
+        """Both kinds of text in one batch."""
+        longest = contexts[-1]
+        ids = np.concatenate([self.ids[kind][:, :longest] for kind in KINDS])
+        since, step_from = time.time(), block if regime == "step" else None
+        nll = window_nll(self.model, policy, ids, block_size=block, step_from=step_from, batch=self.args.eval_batch)
+        seconds = time.time() - since
+        what = {"policy": policy.name, "mem_size": policy.mem_size, "regime": regime, "backend": "pytorch"}
+        rows, split = [], len(self.ids[KINDS[0]])
+        for kind, part in zip(KINDS, (nll[:split], nll[split:]), strict=True):
+            found = as_json(perplexity_rows(part, contexts, self.documents[kind], **what))
+            rows += [{"job": job, "kind": kind, "block_size": block, **row} for row in found]
+            line = " ".join(f"{row['perplexity']:.3f}" for row in found)
+            print(f"{job} {policy.name} M={policy.mem_size} B={block} {regime} {kind}: {line}", flush=True)
+        self.record.add("perplexity", rows)
+        self.record.add("seconds", [{"what": f"{policy.name} {policy.mem_size} {regime}", "seconds": seconds}])
+
+    def passkey(self, policy: Policy, block: int, context: int, job: str) -> None:
+        tokenizer = load_tokenizer(Path(self.args.model))
+        prompts = passkey_prompts(tokenizer, context, [0.0, 0.25, 0.5, 0.75, 1.0], self.args.trials, 0)
+        correct = passkey_model(self.model, policy, prompts, block_size=block, batch=len(prompts))
+        what = {"policy": policy.name, "mem_size": policy.mem_size, "backend": "pytorch", "context": context}
+        self.record.add("passkey", [{"job": job, **r} for r in as_json(passkey_rows(prompts, correct, **what))])
+        print(f"{job} {policy.name} M={policy.mem_size} passkey {context}: {sum(correct)}/{len(correct)}", flush=True)
+
+    def all(self, policy: Policy, block: int, job: str) -> None:
+        """The quickest first; what no time is left for is left out, and said."""
+        a = self.args
+        contexts = [c for c in (2048, 4096, 8192, 16384) if c <= a.context] or [a.context]
+        step_contexts = [c for c in contexts if c <= a.step_context] or contexts[:1]
+        pieces = [("block", lambda: self.perplexity(policy, block, "block", contexts, job))]
+        pieces += [(f"passkey {c}", lambda c=c: self.passkey(policy, block, c, job)) for c in a.passkey]
+        if policy.capacity is not None:
+            pieces.append(("step", lambda: self.perplexity(policy, block, "step", step_contexts, job)))
+        for name, piece in pieces:
+            if self.record.left() < 5:
+                self.record.add("left_out", [f"{policy.name} {policy.mem_size} {name}"])
+            else:
+                piece()
+
+
+def fit(job: dict[str, Any], common: dict[str, Any], args: argparse.Namespace, record: Record) -> Fit:
+    """Runs the stages of a job; returns the last one's run."""
+    heads, run = "", None
+    for number, stage in enumerate(job["stages"]):
+        stage = dict(stage)
+        seconds = job["seconds"] * stage.pop("share", 1 / len(job["stages"]))
+        output = args.out / "stages" / f"{job['name']}-{number}"
+        given = {
+            "model": str(args.model), "text": (str(args.corpus / "train"),), "output": str(output),
+            "cache_dir": str(args.out / "tokens"), "eval_every": 0, "held_out": 0.0, "steps": 200, **common,
+            **job.get("settings", {}), **stage, "init_from": heads,
+        }  # fmt: skip
+        run = Fit(FitSettings(**given), force=True, show=lambda line: print(f"{job['name']}: {line}", flush=True))
+        each = run.measure()
+        s = run.settings
+        mean = sum(each[training_plan(s, k).regime] for k in range(200)) / 200
+        steps = max(1, int(min(seconds, record.left() - 30) / mean))
+        run.settings = run.losses.settings = dataclasses.replace(s, steps=steps)
+        since = time.time()
+        tokens, shown = 0, since
+        while run.step < steps and record.left() > 20:
+            entry = run.train_step()
+            tokens += entry["tokens"]
+            if run.step == 1 or run.step == steps or time.time() - shown > 10:
+                shown = time.time()
+                keys = ("loss", "reconstruction", "lm", "distill")
+                losses = {k: round(entry[k], 5) for k in keys if k in entry}
+                print(f"{job['name']}: {number} step {run.step}/{steps} {entry['regime']} {losses}", flush=True)
+                record.add("log", [{"stage": number, **{k: v for k, v in entry.items() if k != "layers"}}])
+        elapsed = time.time() - since
+        record.add("stages", [{
+            "settings": {k: v for k, v in given.items() if v != getattr(FitSettings, k, None)} | {"steps": steps},
+            "seconds": elapsed, "tokens_per_second": tokens / elapsed, "seconds_a_step": each,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
+        }])  # fmt: skip
+        if run.step < steps:
+            record.add("cut_off", f"stage {number} at step {run.step} of {steps}")
+            run.settings = run.losses.settings = dataclasses.replace(run.settings, steps=run.step)
+        run.publish()
+        heads = str(output)
+    if run is None:
+        raise SystemExit(f"{job['name']}: stages: expected at least one")
+    for name in ("lococo_heads.safetensors", "lococo_config.json", "lococo_fit.json"):
+        target = args.out / job["name"]
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(heads) / name, target / name)
+    return run
+
+
+def speed(common: dict[str, Any], args: argparse.Namespace, job: dict[str, Any], record: Record) -> None:
+    """Tokens a second and peak memory of the losses, alone on the device."""
+    for stage in job["speed"]:
+        given = {
+            "model": str(args.model), "text": (str(args.corpus / "train"),), "output": str(args.out / "speed"),
+            "cache_dir": str(args.out / "tokens"), "eval_every": 0, "held_out": 0.0, **common, **stage,
+        }  # fmt: skip
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            run = Fit(FitSettings(**given), force=True, show=lambda line: None)
+            run.train_step()
+            run.train_step()
+            seconds, tokens = [], 0
+            for _ in range(job.get("repeat", 5)):
+                since = time.perf_counter()
+                tokens = run.train_step()["tokens"]  # ends with a wait for the device
+                seconds.append(time.perf_counter() - since)
+        except (RuntimeError, torch.OutOfMemoryError) as e:
+            record.add("speed", [{"settings": stage, "error": str(e)[:500]}])
+            print(f"speed {stage}: {str(e)[:300]}", flush=True)
+            continue
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        row = {"settings": {**common, **stage}, "tokens": tokens, "seconds": seconds, "peak_gib": peak,
+               "tokens_per_second": tokens / sorted(seconds)[len(seconds) // 2]}  # fmt: skip
+        record.add("speed", [row])
+        print(f"speed {stage}: {row['tokens_per_second']:,.0f} tokens/s, {peak:.1f} GiB", flush=True)
+        del run
+
+
+def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
+    """One job, in its own process."""
+    job = next(j for j in plan["job"] if j["name"] == args.job)
+    record = Record(args.out / f"{args.job}.json", args.deadline)
+    record.add("job", job)
+    if torch.cuda.is_available():
+        record.add("device", torch.cuda.get_device_name())
+    common = plan.get("common", {})
+    if "speed" in job:
+        speed(common, args, job, record)
+        return
+    if "stages" in job:
+        run = fit(job, common, args, record)
+        torch.cuda.empty_cache()
+        cache = run.settings.cache
+        model, policies = run.model, []
+        policies.append((Fusion(cache, load_heads(args.out / "stages", job, model)), cache.block_size))
+    else:
+        policies = []
+        base = load_checkpoint(str(args.model), policy="h2o", mem_size=256, block_size=512, buffer=16)
+        model = ReferenceModel(base, torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+                               "cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
+        for block in job["block_sizes"]:
+            policies.append((FullCache(), block))
+            for m in job["mem_sizes"]:
+                policies += [(Fusion(LococoConfig.h2o(m, block)), block), (Streaming(model, m), block)]
+                for variant in job.get("unfused", []):
+                    cache = dataclasses.replace(LococoConfig.h2o(m, block), **variant)
+                    policies.append((Unfused(cache), block))
+    measure = Measure(model, args, record)
+    for policy, block in policies:
+        measure.all(policy, block, args.job)
+    record.add("done", True)
+
+
+class Unfused(Fusion):
+    """H2O's selection with other scores, under a name of its own."""
+
+    @property
+    def name(self) -> str:
+        return "unfused " + " ".join(f"{k}={getattr(self.cache, k)}" for k in ("local_len", "score_decay", "decay_per"))
+
+
+def load_heads(stages: Path, job: dict[str, Any], model: ReferenceModel) -> list[Any]:
+    """What was saved, as a reader of the checkpoint gets it."""
+    checkpoint = load_checkpoint(stages / f"{job['name']}-{len(job['stages']) - 1}")
+    return ReferenceModel(checkpoint, model.dtype, model.device).heads
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("plan", type=Path)
+    add("--model", type=Path, required=True)
+    add("--corpus", type=Path, required=True, help="folder with train/ and held_out/{prose,code}")
+    add("--out", type=Path, required=True)
+    add("--budget-seconds", type=float, default=480)
+    add("--parallel", type=int, default=3, help="jobs at once")
+    add("--jobs", nargs="*", help="only these")
+    add("--context", type=int, default=8192, help="tokens of held-out windows")
+    add("--step-context", type=int, default=4096, help="tokens of them read one by one")
+    add("--windows", type=int, default=8, help="of either kind of text")
+    add("--eval-batch", type=int, default=16)
+    add("--passkey", type=int, nargs="*", default=[2048, 4096])
+    add("--trials", type=int, default=8)
+    add("--job", help=argparse.SUPPRESS)
+    add("--deadline", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    plan = tomllib.loads(args.plan.read_text(encoding="utf-8"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.job:
+        work(plan, args)
+        return
+    deadline = time.time() + args.budget_seconds
+    vocabulary = load_checkpoint(str(args.model), policy="h2o", mem_size=256, block_size=512).geometry.vocab_size
+    for folder in ("train", *(f"held_out/{kind}" for kind in KINDS)):  # once, before the jobs
+        load_corpus([args.corpus / folder], args.model, vocabulary, cache_dir=args.out / "tokens")
+    waiting = [j["name"] for j in plan["job"] if not args.jobs or j["name"] in args.jobs]
+    alone = {j["name"] for j in plan["job"] if "speed" in j}
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    while waiting or running:
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                print(f"== {name}: exit {process.returncode}, {deadline - time.time():.0f} s left", flush=True)
+                del running[name]
+        late = time.time() > deadline
+        if late:
+            for process in running.values():
+                process.kill()
+            waiting.clear()
+        busy = set(running) & alone
+        if waiting and not busy and len(running) < (1 if waiting[0] in alone else args.parallel):
+            name = waiting.pop(0)
+            print(f"== {name}: starts, {deadline - time.time():.0f} s left", flush=True)
+            running[name] = subprocess.Popen([sys.executable, *sys.argv, "--job", name, "--deadline", str(deadline)])
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    main()
