@@ -214,6 +214,8 @@ def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
     record.add("job", job)
     if torch.cuda.is_available():
         record.add("device", torch.cuda.get_device_name())
+    else:
+        torch.set_flush_denormal(True)
     common = plan.get("common", {})
     if "speed" in job:
         speed(common, args, job, record)
