@@ -750,7 +750,7 @@ def save_heads(path: str | os.PathLike[str], config: LococoConfig, heads: tuple[
         for j, (weight, bias) in enumerate(head.convs):
             tensors[f"layers.{i}.conv.{j}.weight"] = weight.detach().cpu().contiguous()
             tensors[f"layers.{i}.conv.{j}.bias"] = bias.detach().cpu().contiguous()
-    document = {"format": "lococo-heads", "schema_version": HEADS_SCHEMA_VERSION, **dataclasses.asdict(config)}
+    document = {"format": "lococo-heads", "schema_version": HEADS_SCHEMA_VERSION, **config.as_dict()}
     root = Path(path)
     try:
         with tempfile.TemporaryDirectory(prefix=".lococo.", dir=root) as staging:

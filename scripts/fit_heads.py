@@ -38,6 +38,7 @@ from lococo_calibration.fit import Fit
 from lococo_calibration.settings import FitSettings, training_plan
 from lococo_runtime.bundle import LococoConfig
 from lococo_runtime.llm import load_tokenizer
+
 from lococo_export.checkpoints import load_checkpoint
 from lococo_export.reference import ReferenceModel
 

@@ -125,6 +125,7 @@ def test_reading_nothing(tmp_path: Path) -> None:
         ({"policy": "lru"}, "policy"),
         ({"score_decay": 1.1}, "score_decay"),
         ({"score_decay": float("nan")}, "score_decay"),
+        ({"decay_per": "layer"}, "decay_per"),
         ({"policy": "h2o"}, "keep"),
     ],
     ids=str,

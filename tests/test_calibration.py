@@ -83,6 +83,7 @@ def test_plan_of_steps_fuses_every_buffer_plus_one() -> None:
 CACHES = {
     "lococo": small_cache(activation="none"),
     "accumulated": small_cache(score_decay=1.0, activation="none"),
+    "decayed by token": small_cache(score_decay=0.8, decay_per="token", activation="none"),
     "decayed": small_cache(score_decay=0.7, num_conv_layers=2, conv_expand=2),
     "h2o": LococoConfig.h2o(12, 8, buffer=4),
 }

@@ -144,6 +144,7 @@ def test_export_repeats_to_the_byte(golden: GoldenCase, golden_bundle: Path, tmp
         {"keep": 31, "local_len": 3, "block_size": 1},
         {"keep": 12, "activation": "none", "score_decay": 1.0},
         {"keep": 12, "activation": "gelu", "score_decay": 0.5, "num_conv_layers": 2, "local_len": 4},
+        {"keep": 12, "activation": "none", "score_decay": 0.9, "decay_per": "token", "local_len": 4},
         {"keep": 12, "activation": "tanh", "num_conv_layers": 3, "conv_expand": 2, "kernel_size": 1},
     ],
     ids=str,

@@ -160,6 +160,13 @@ class LococoConfig:
             score_decay=1.0,
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON. `decay_per` "forward" is left out: bundles older than the field keep their identity."""
+        fields = dataclasses.asdict(self)
+        if self.decay_per == "forward":
+            del fields["decay_per"]
+        return fields
+
     @property
     def num_mixed(self) -> int:
         """mc: slots made by the fusion heads."""
@@ -285,7 +292,7 @@ class Manifest:
         identity = {
             "state_schema_version": STATE_SCHEMA_VERSION,
             "model": dataclasses.asdict(self.model),
-            "cache": dataclasses.asdict(self.cache),
+            "cache": self.cache.as_dict(),
             "dtype": self.dtype,
             "batch_size": self.batch_size,
             "weights_sha256": weights,
@@ -294,7 +301,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The exact bytes of `lococo.json` (UTF-8): two-space indent, fixed key order, one newline at the end."""
-        cache = dataclasses.asdict(self.cache)
+        cache = self.cache.as_dict()
         document = {
             "format": FORMAT_NAME,
             "schema_version": SCHEMA_VERSION,
