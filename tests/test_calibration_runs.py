@@ -212,7 +212,7 @@ def test_fitting_lowers_the_reconstruction_loss(model: Path, text: Path, tmp_pat
 
 
 def test_a_killed_run_resumes_to_the_same_losses(model: Path, text: Path, tmp_path: Path) -> None:
-    whole = settings(model, text, tmp_path / "whole", steps=30, eval_every=10, lm_weight=0.1)
+    whole = settings(model, text, tmp_path / "whole", steps=80, eval_every=40, lm_weight=0.1)
     lines: list[str] = []
     Fit(whole, show=lines.append).run()
     assert any("held-out perplexity" in line and "token by token" in line for line in lines)

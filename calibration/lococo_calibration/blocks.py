@@ -182,8 +182,12 @@ class Fusion:
         kept = [take_columns(x, chosen.keep) for x in columns]
         if heads:
             rest = [take_columns(x, chosen.rest) for x in columns]
-            parts = zip(*(x.chunk(len(heads)) for x in (rest[0], rest[1], chosen.rest_length)), heads, strict=True)
-            z = torch.cat([mixing_logits(*part, self.cache.activation) for part in parts])  # (layers * B, K, mc, N)
+            parts = zip(*(x.chunk(len(heads)) for x in (rest[0], rest[1], chosen.rest_length)), strict=True)
+            logits = [
+                mixing_logits(k, v, n, head, self.cache.activation)
+                for (k, v, n), head in zip(parts, heads, strict=True)
+            ]
+            z = torch.cat(logits)  # (layers * B, K, mc, N)
             mixing = z.softmax(-1)
             normalizers = torch.stack([torch.as_tensor(h.normalizer, device=z.device) for h in heads])
             n = normalizers.repeat_interleave(len(z) // len(heads))[:, None, None, None]
@@ -302,7 +306,7 @@ class BlockReader:
         model, decay = self.model, self.policy.decay
         visible = visible_columns(forward, ids.device)
         weight = decay.query_weights(forward, ids.device)
-        cos, sin = model.rotary(torch.tensor([self.position], device=ids.device), ids.shape[1])
+        cos, sin = model.rotary(torch.full((1,), self.position, device=ids.device), ids.shape[1])
         x = model.model.embed_tokens(ids)
         g = model.geometry
         empty = x.new_zeros(len(ids), g.num_kv_heads, 0, g.head_dim)

@@ -34,14 +34,14 @@ from lococo_export.reference import ReferenceModel
 from .blocks import FullCache, Policy
 from .data import Corpus, Window, batch_windows, load_corpus
 from .evaluate import choose_windows, window_nll
-from .heads import TrainableHead, initial_heads
-from .losses import Losses, StepLosses
+from .heads import TrainableHead, TunedWeights, initial_heads
+from .losses import GraphedBatch, Losses, StepLosses
 from .settings import DTYPES, NOT_COMPARED, FitSettings, TrainingPlan, check_plans, choose_device, training_plan
 
 STATE_NAME = "state.pt"
 LOG_NAME = "log.jsonl"
 RECORD_NAME = "lococo_fit.json"
-STATE_VERSION = 1
+STATE_VERSION = 2
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.txt", "*.jinja", "LICENSE*")
 
 
@@ -89,7 +89,10 @@ class Fit:
         self.model = ReferenceModel(base, DTYPES[name], device)
         torch.backends.cudnn.deterministic = True  # the gradient of a convolution; a seed is to repeat a run
         self.heads = nn.ModuleList(TrainableHead(h, self.model.dtype) for h in self._start()).to(device)
-        self.losses = Losses(self.model, self.heads, settings)
+        self.tuned = TunedWeights(self.model, settings.tune)
+        teacher = ReferenceModel(base, DTYPES[name], device) if settings.tune and settings.distill_weight else None
+        self.losses = Losses(self.model, self.heads, settings, teacher)
+        self._graph: GraphedBatch | None = None
         if settings.fusion_activation == "none":
             # it cancels in the softmax: its gradient is rounding, which Adam would blow up to full steps
             for head in self.heads:
@@ -100,6 +103,8 @@ class Fit:
             {"params": convs, "base_lr": settings.lr},
             {"params": normalizers, "base_lr": settings.normalizer_lr, "weight_decay": 0.0},
         ]
+        if settings.tune:
+            groups.append({"params": self.tuned.masters, "base_lr": settings.tune_lr, "weight_decay": 0.0})
         # a gradient of a relative error over 10 million weights is small: a large eps would swallow it
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, eps=1e-12)
         self.step = 0
@@ -139,11 +144,20 @@ class Fit:
     def gradients(self, step: int) -> tuple[StepLosses, TrainingPlan]:
         """The losses of a step, their gradients in the heads."""
         s = self.settings
-        self.optimizer.zero_grad(set_to_none=True)
-        losses, plan = self.losses.new(), training_plan(s, step)
+        plan = training_plan(s, step)
+        graphed = s.cuda_graphs and plan.regime == "block" and self.model.device.type == "cuda"
+        if graphed and self._graph is None:
+            self._graph = GraphedBatch(self.losses, plan, self.ids(self.windows[:1] * s.batch), 1 / s.accumulate)
+        self.optimizer.zero_grad(set_to_none=not s.cuda_graphs)  # a graph writes where gradients were
+        self.tuned.zero_grad()
+        losses = self.losses.new()
         for i in range(s.accumulate):
-            chosen = batch_windows(self.windows, s.batch, step * s.accumulate + i, s.seed)
-            self.losses.backward(self.ids(chosen), plan, 1 / s.accumulate, losses)
+            ids = self.ids(batch_windows(self.windows, s.batch, step * s.accumulate + i, s.seed))
+            if graphed and self._graph is not None:
+                self._graph.backward(ids, losses)
+            else:
+                self.losses.backward(ids, plan, 1 / s.accumulate, losses)
+        self.tuned.gather()
         return losses, plan
 
     def lr_factor(self, step: int) -> float:
@@ -185,6 +199,11 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.lr_factor(self.step)
         self.optimizer.step()
+        with torch.no_grad():
+            for head in self.heads:
+                # beyond, a fusion extrapolates: over hundreds of fusions, mixed slots grow without bound
+                cast(TrainableHead, head).normalizer.clamp_(0, 1)
+        self.tuned.scatter()
         self.step += 1
         entry: dict[str, Any] = {"step": self.step, "regime": plan.regime}
         total = 0.0
@@ -225,7 +244,7 @@ class Fit:
                 self.gradients(step)
                 self._synchronize()
                 seconds[regime] = time.perf_counter() - start
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not s.cuda_graphs)
         return seconds
 
     def estimate(self) -> str:
@@ -371,6 +390,7 @@ class Fit:
                 "step": self.step,
                 "heads": self.heads.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "tuned": [m.detach() for m in self.tuned.masters],
                 "held_out": self.held_out,
                 "settings": json.dumps(self._compared()),
             },
@@ -407,6 +427,7 @@ class Fit:
             raise ConfigError(f"{path}: cannot resume with other settings: {'; '.join(wrong)}")
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.tuned.load(state["tuned"])
         self.step, self.held_out = state["step"], state["held_out"]
 
     def publish(self) -> None:
@@ -417,7 +438,7 @@ class Fit:
         with publish_directory(self.output, force=self.force, marker=HEADS_CONFIG_NAME) as staging:
             for path in sorted({p for pattern in MODEL_FILES for p in source.glob(pattern)}):
                 if path.is_file() and path.name not in skipped:
-                    shutil.copyfile(path, staging / path.name)
+                    self.tuned.copy_file(path, staging / path.name)
             heads = [h.export(DTYPES[s.heads_dtype]) for h in self.heads if isinstance(h, TrainableHead)]
             save_heads(staging, s.cache, tuple(heads))
             shutil.copymode(staging / "config.json", staging / HEADS_NAME)  # safetensors files are private at first

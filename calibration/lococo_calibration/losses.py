@@ -45,10 +45,17 @@ class LayerInputs:
 
 
 class Losses:
-    """Computes losses of a batch and leaves their gradients in the heads."""
+    """Computes losses of a batch and leaves their gradients in the heads, and in weights of the model that are tuned.
 
-    def __init__(self, model: ReferenceModel, heads: nn.ModuleList, settings: FitSettings) -> None:
+    Args:
+        teacher: whose logits to distil, where the model itself changes.
+    """
+
+    def __init__(
+        self, model: ReferenceModel, heads: nn.ModuleList, settings: FitSettings, teacher: ReferenceModel | None = None
+    ) -> None:
         self.model, self.settings = model, settings
+        self.teacher = teacher or model
         self.policy = Fusion(settings.cache, [h for h in heads if isinstance(h, TrainableHead)])
 
     def new(self) -> StepLosses:
@@ -62,6 +69,8 @@ class Losses:
         target = None
         if s.reconstruction_weight or s.distill_weight:
             target = self._uncompressed(ids, plan, share, into)
+            if s.distill_weight and self.teacher is not self.model:
+                target = read_uncompressed(self.teacher, ids)
         if s.through_model:
             self._language(ids, plan, target if s.distill_weight else None, share, into)
 
@@ -110,7 +119,7 @@ class Losses:
                 goal = target[:, :, part]
                 out = torch.bmm(mixed.transpose(1, 2).reshape(count, -1, project.shape[1]), project).view(goal.shape)
                 if bias[0] is not None:
-                    out = out + torch.stack(bias)[:, None, None]
+                    out = out + torch.stack([b for b in bias if b is not None])[:, None, None]
                 error = ((out.float() - goal.float()).square() / power).mean((1, 2, 3))  # (layers,)
                 error = error * ((forward.stop - forward.start) / plan.scored_tokens)
                 total += error.detach()
@@ -133,8 +142,10 @@ class Losses:
         # the last token of a window has no next one
         count = len(ids) * (plan.scored_tokens - 1)
         for forward in plan.forwards:
-            hidden = reader.read(ids[:, forward.start : forward.stop], forward)
-            if hidden.requires_grad:
+            scored = forward.start >= plan.first_scored
+            with torch.set_grad_enabled(scored):
+                hidden = reader.read(ids[:, forward.start : forward.stop], forward)
+            if scored:
                 targets = ids[:, forward.start + 1 : forward.stop + 1]
                 n = targets.shape[1]
                 goal = None if teacher is None else teacher[:, forward.start : forward.start + n]
@@ -156,7 +167,7 @@ class Losses:
             logits = self.model.lm_head(h).float()
             if goal is None:
                 return F.cross_entropy(logits, t, reduction="sum"), logits.new_zeros(())
-            wanted = self.model.lm_head(goal).float().log_softmax(-1)
+            wanted = self.teacher.lm_head(goal).float().log_softmax(-1)
             found = logits.log_softmax(-1)
             distill = F.kl_div(found, wanted, reduction="sum", log_target=True)
             return F.nll_loss(found, t, reduction="sum"), distill
@@ -166,9 +177,41 @@ class Losses:
         lm, distill = h.new_zeros((), dtype=torch.float32), h.new_zeros((), dtype=torch.float32)
         for a in range(0, len(t), LOGITS_AT_ONCE):
             part = slice(a, a + LOGITS_AT_ONCE)
-            losses = checkpoint(piece, h[part], t[part], None if goal is None else goal[part], use_reentrant=False)
+            inputs = (h[part], t[part], None if goal is None else goal[part])
+            losses = checkpoint(piece, *inputs, use_reentrant=False, preserve_rng_state=False)
             lm, distill = lm + losses[0], distill + losses[1]
         return lm, distill
+
+
+class GraphedBatch:
+    """`Losses.backward` of one plan, captured once and replayed: tens of thousands of small kernels a batch would
+    otherwise wait for the CPU that launches them.
+
+    Args:
+        ids: (B, context), of the shape that all batches will have.
+    """
+
+    def __init__(self, losses: Losses, plan: TrainingPlan, ids: Tensor, share: float) -> None:
+        self.ids, self.into = ids.clone(), losses.new()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # libraries set themselves up in a first run; gradients come to exist
+                losses.backward(self.ids, plan, share, self.into)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            losses.backward(self.ids, plan, share, self.into)
+
+    def backward(self, ids: Tensor, into: StepLosses) -> None:
+        """Adds to the gradients, and the losses to `into`."""
+        self.ids.copy_(ids)
+        for total in (self.into.layers, self.into.lm, self.into.distill):
+            total.zero_()
+        self.graph.replay()
+        into.layers += self.into.layers
+        into.lm += self.into.lm
+        into.distill += self.into.distill
 
 
 class _Segment:

@@ -15,6 +15,7 @@ from lococo_runtime.bundle import LococoConfig
 from .blocks import Forward, plan_forwards
 from .data import DEFAULT_CACHE
 
+TUNABLE = ("norms", "embeddings")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,6 +50,8 @@ class FitSettings:
     reconstruction_weight: float = _option(1.0, "of the layers' attention outputs against the full cache")
     lm_weight: float = _option(0.0, "of the next-token loss, through the whole model")
     distill_weight: float = _option(0.0, "of the divergence from the full cache's logits, through the whole model")
+    tune: tuple[str, ...] = _option((), "weights of the model to tune beside the heads: norms, embeddings")
+    tune_lr: float = _option(5e-5, "learning rate of those")
     bptt: int = _option(2, "fusions that a gradient crosses")
     decode_share: float = _option(0.25, "share of steps that fit token-by-token decoding, the others fit blocks")
     decode_fusions: int = _option(8, "fusions of such a step")
@@ -72,6 +75,7 @@ class FitSettings:
     dtype: str = _option("auto", "of model and cache: fp32, bf16; auto is bf16 on a GPU, else fp32")
     device: str = _option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one")
     layers_at_once: int = _option(10, "layers that reconstruction fits side by side: fewer need less memory")
+    cuda_graphs: bool = _option(False, "replay block steps as a CUDA graph: faster, where batches are small")
     checkpointing: bool = _option(False, "compute layers again in the backward pass (lm and distill losses)")
     heads_dtype: str = _option("fp32", "in which heads are saved: fp32, bf16, fp16")
     log_every: int = _option(10, "steps between progress lines")
@@ -97,8 +101,8 @@ class FitSettings:
                      "decode_fusions"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("reconstruction_weight", "lm_weight", "distill_weight", "lr", "normalizer_lr", "warmup", "clip",
-                     "weight_decay", "eval_every", "seed", "init_std"):  # fmt: skip
+        for name in ("reconstruction_weight", "lm_weight", "distill_weight", "lr", "normalizer_lr", "tune_lr", "warmup",
+                     "clip",                     "weight_decay", "eval_every", "seed", "init_std"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         for name in ("decode_share", "held_out"):
@@ -113,6 +117,13 @@ class FitSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if set(self.tune) - set(TUNABLE):
+            raise ConfigError(f"tune: expected some of {', '.join(TUNABLE)}, got {', '.join(self.tune)}")
+        if self.tune and not self.through_model:
+            raise ConfigError(
+                "tune: reconstruction has no gradient for weights of the model; expected --lm-weight or"
+                " --distill-weight above 0"
+            )
         if self.eval_every and not self.held_out:
             raise ConfigError("held_out: expected more than 0 for held-out perplexities; or pass --eval-every 0")
 
@@ -141,7 +152,7 @@ class FitSettings:
 
 NOT_COMPARED = (
     "model", "text", "output", "cache_dir", "init_from", "device", "log_every", "eval_every", "eval_windows",
-    "save_every", "heads_dtype", "layers_at_once",
+    "save_every", "heads_dtype", "layers_at_once", "cuda_graphs",
 )  # fmt: skip
 """Settings that a resumed run may change; what lies behind the paths is compared by its contents."""
 
@@ -185,10 +196,14 @@ class TrainingPlan:
         return self.forwards[-1].stop
 
     @property
+    def first_scored(self) -> int:
+        """The first token that sees the outcome of a trained fusion."""
+        return next((f.stop for f in self.forwards if self.trains(f)), self.tokens)
+
+    @property
     def scored_tokens(self) -> int:
         """Tokens that see the outcome of a trained fusion."""
-        first = next((f.stop for f in self.forwards if self.trains(f)), self.tokens)
-        return self.tokens - first
+        return self.tokens - self.first_scored
 
 
 def training_plan(settings: FitSettings, step: int) -> TrainingPlan:
