@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -139,6 +140,10 @@ def fit(job: dict[str, Any], common: dict[str, Any], args: argparse.Namespace, r
             "cache_dir": str(args.out / "tokens"), "eval_every": 0, "held_out": 0.0, "steps": 200, **common,
             **job.get("settings", {}), **stage, "init_from": heads,
         }  # fmt: skip
+        run = None  # frees the stage before
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         run = Fit(FitSettings(**given), force=True, show=lambda line: print(f"{job['name']}: {line}", flush=True))
         try:
             each = run.measure()
@@ -251,6 +256,10 @@ def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
     measure = Measure(model, args, record)
     for policy, block in policies:
         measure.all(policy, block, args.job)
+    if "stages" in job and run.settings.tune:  # what the tuned model is worth without fusion
+        for policy in (FullCache(), Fusion(LococoConfig.h2o(cache.mem_size, cache.block_size))):
+            if record.left() > 5:
+                measure.perplexity(policy, cache.block_size, "block", [2048, 4096], args.job)
     record.add("done", True)
 
 

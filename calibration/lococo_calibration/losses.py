@@ -199,6 +199,7 @@ class GraphedBatch:
             for _ in range(2):  # libraries set themselves up in a first run; gradients come to exist
                 losses.backward(self.ids, plan, share, self.into)
         torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.empty_cache()  # a graph has memory of its own
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             losses.backward(self.ids, plan, share, self.into)
