@@ -21,7 +21,7 @@ from lococo_calibration import DivergedError, Fit, FitSettings, load_corpus
 from lococo_calibration.blocks import Fusion
 from lococo_calibration.cli import eval_main, fit_main
 from lococo_calibration.data import batch_windows
-from lococo_calibration.evaluate import PasskeyPrompt, passkey_model, passkey_prompts, passkey_session
+from lococo_calibration.evaluate import PasskeyPrompt, passkey_model, passkey_prompts, passkey_session, read_forwards
 from lococo_runtime import CorruptError, InvalidArgumentError, NotFoundError, Session
 from lococo_runtime._exceptions import ConfigError, NoSpaceError, OutOfMemoryError, TargetExistsError
 from tiny_models import make_model
@@ -455,3 +455,121 @@ def test_passkey_is_greedy_decoding(fitted: Path) -> None:
     assert passkey_model(reference, policy, prompts, block_size=8, batch=4) == expected
     with Session(fitted.parent / "bundle") as bundle:
         assert passkey_session(bundle, prompts) == expected
+
+
+# --- what a run can do beside training heads --------------------------------------------------------------------------
+
+
+def test_two_processes_are_a_larger_batch(model: Path, text: Path, tmp_path: Path) -> None:
+    """torchrun with two processes of batch 2 against one process of batch 4: the same losses and heads."""
+    pytest.importorskip("accelerate")
+    common = ["--model", str(model), "--text", str(text), "--cache-dir", str(tmp_path / "cache"), "--steps", "5"]
+    common += [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k not in ("batch", "steps")]
+    code = "import sys; from lococo_calibration.cli import fit_main; sys.exit(fit_main())"
+    (tmp_path / "fit.py").write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, start, batch in (("one", [sys.executable], 4), ("two", launch, 2)):
+        command = [*start, str(tmp_path / "fit.py"), *common, "--batch", str(batch), "-o", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = ([e["loss"] for e in log(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)
+    heads = [load_checkpoint(tmp_path / name).heads for name in ("one", "two")]
+    torch.testing.assert_close(heads[0][0].convs[0][0], heads[1][0].convs[0][0], atol=1e-3, rtol=1e-3)
+    assert "of 4 windows" in (tmp_path / "two" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("changes", [{"tune": ("norms",)}, {"tune": ("norms", "embeddings")}, {"lora": 4}], ids=str)
+def test_weights_of_the_model_are_tuned_and_saved(
+    model: Path, text: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    if "lora" in changes:
+        pytest.importorskip("peft")
+    s = settings(model, text, tmp_path / "out", steps=4, lm_weight=1.0, reconstruction_weight=0.0, tune_lr=1e-2,
+                 save_every=2, **changes)  # fmt: skip
+    fit = Fit(s, show=quiet)
+    fit.run()
+    before, after = load_checkpoint(model, policy="h2o", mem_size=12).tensors, load_checkpoint(tmp_path / "out").tensors
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    kinds = {name.split(".")[-2] for name in changed}
+    norms = {"input_layernorm", "post_attention_layernorm", "norm"}
+    assert (
+        kinds
+        == {
+            "lora": {"q_proj", "k_proj", "v_proj", "o_proj"},
+            "norms": norms,
+            "norms embeddings": norms | {"embed_tokens"},
+        }[" ".join(changes["tune"]) if "tune" in changes else "lora"]
+    )
+    # what was saved is what was trained
+    ids = fit.ids(fit.windows[:2])
+    saved = ReferenceSession(ReferenceModel(load_checkpoint(tmp_path / "out")), 2).prefill(ids, return_all=True)
+    hidden = torch.cat([h for _, h in read_forwards(fit.model, fit.losses.policy, ids, 8)], 1)
+    torch.testing.assert_close(fit.model.lm_head(hidden), saved, atol=1e-4, rtol=1e-3)
+
+
+def test_lora_reaches_further_with_scaled_positions(model: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    limit = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    document = tmp_path / "long.txt"
+    document.write_text(random_text(2 * limit + 10, 0))
+    more = {"context": 2 * limit, "lora": 2, "steps": 1, "batch": 1, "held_out": 0.0, "decode_share": 0.0}
+    with pytest.raises(ConfigError, match="no teacher"):
+        Fit(settings(model, document, tmp_path / "out", lm_weight=1.0, **more))
+    fit = Fit(settings(model, document, tmp_path / "out", lm_weight=1.0, reconstruction_weight=0.0, **more), show=quiet)
+    fit.run()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 2 * limit
+    rope = load_checkpoint(tmp_path / "out").geometry.rope
+    assert (rope["type"], rope["factor"]) == ("linear", 2.0)
+
+
+def test_tuning_needs_a_loss_that_reaches_the_model(model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="reconstruction has no gradient"):
+        settings(model, text, tmp_path / "out", tune=("norms",))
+    with pytest.raises(ConfigError, match="expected some of norms, embeddings, got heads"):
+        settings(model, text, tmp_path / "out", tune=("heads",), lm_weight=1.0)
+
+
+def test_distillation_keeps_the_untuned_model_as_teacher(model: Path, text: Path, tmp_path: Path) -> None:
+    s = settings(model, text, tmp_path / "out", tune=("norms",), distill_weight=1.0, reconstruction_weight=0.0)
+    fit = Fit(s, show=quiet)
+    plain = ReferenceModel(load_checkpoint(model, policy="h2o", mem_size=12))
+    with torch.no_grad():
+        fit.tuned.masters[0].mul_(1.5)
+    fit.tuned.scatter()
+    assert torch.equal(fit.losses.teacher.model.layers[0].input_layernorm.weight,
+                       plain.model.layers[0].input_layernorm.weight)  # fmt: skip
+    assert not torch.equal(fit.model.model.layers[0].input_layernorm.weight,
+                           plain.model.layers[0].input_layernorm.weight)  # fmt: skip
+
+
+def test_normalizers_stay_within_0_and_1(model: Path, text: Path, tmp_path: Path) -> None:
+    """Beyond, every fusion extrapolates, and hundreds of them, as in decoding, grow without bound."""
+    fit = Fit(settings(model, text, tmp_path / "out", normalizer_lr=5.0, steps=3, warmup=0), show=quiet)
+    fit.run()
+    record = json.loads((tmp_path / "out" / "lococo_fit.json").read_text())
+    assert all(0 <= n <= 1 for n in record["normalizers"])
+
+
+def test_tensorboard_has_losses_and_held_out_perplexities(model: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    s = settings(model, text, tmp_path / "out", steps=3, eval_every=3, decode_share=0.0, tensorboard=True)
+    Fit(s, show=quiet).run()
+    events = EventAccumulator(str(tmp_path / "out.fit" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("block/loss")] == [1, 2, 3]
+    assert [e.value for e in events.Scalars("block/loss")] == pytest.approx(
+        [e["loss"] for e in log(tmp_path / "out") if "loss" in e], rel=1e-5
+    )
+    assert "held_out/lococo" in events.Tags()["scalars"]
+
+
+def test_model_card(fitted: Path) -> None:
+    card = (fitted / "README.md").read_text()
+    record = json.loads((fitted / "lococo_fit.json").read_text())
+    assert "M = 12" in card
+    assert "5 of 4 windows of 64 tokens, seed 0" in card
+    assert all(d["name"] in card for d in record["trained_on"])

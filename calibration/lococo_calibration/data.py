@@ -211,7 +211,7 @@ def _table_rows(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
     try:
         pa, pq = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as e:
-        raise UnsupportedError(f"{path}: tables need pyarrow: pip install pyarrow") from e
+        raise UnsupportedError(f"{path}: tables need pyarrow: pip install 'lococo-export[fit-all]'") from e
     try:
         if path.suffix == ".parquet":
             batches: Any = pq.ParquetFile(path).iter_batches(64)

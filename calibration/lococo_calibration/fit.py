@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from lococo_runtime import CorruptError, LococoError, NotFoundError
-from lococo_runtime._exceptions import ConfigError, OutOfMemoryError, TargetExistsError
+from lococo_runtime._exceptions import ConfigError, OutOfMemoryError, TargetExistsError, UnsupportedError
 from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import publish_directory, sha256_file, storage_error
 from torch import Tensor, nn
@@ -32,11 +32,13 @@ from lococo_export.checkpoints import (
 from lococo_export.reference import ReferenceModel
 
 from .blocks import FullCache, Policy
+from .card import CARD_NAME, model_card
 from .data import Corpus, Window, batch_windows, load_corpus
 from .evaluate import choose_windows, window_nll
 from .heads import TrainableHead, TunedWeights, initial_heads
 from .losses import GraphedBatch, Losses, StepLosses
 from .settings import DTYPES, NOT_COMPARED, FitSettings, TrainingPlan, check_plans, choose_device, training_plan
+from .workers import Workers
 
 STATE_NAME = "state.pt"
 LOG_NAME = "log.jsonl"
@@ -72,27 +74,35 @@ class Fit:
         self.settings, self.force, self.show = settings, force, show
         self.output = Path(settings.output).absolute()
         self.folder = self.output.with_name(self.output.name + ".fit")
+        self.workers = Workers(settings.device)
+        if not self.workers.first:
+            self.show = lambda line: None
         self._check_targets(resume)
         cache = settings.cache
         check_plans(settings)
-        device = choose_device(settings.device)
+        device = choose_device(self.workers.device(settings.device))
         name = settings.dtype if settings.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
         base = load_checkpoint(
             settings.model, policy="h2o", mem_size=cache.mem_size, block_size=cache.block_size, buffer=cache.buffer
         )
         if base.format == "lococo-merged":
             raise ConfigError(f"{settings.model}: has fusion heads among its tensors; fit heads for the plain model")
+        self.rope_factor = 1.0
+        if settings.lora:
+            base, self.rope_factor = _scale_rope(base, settings)
         self.base = base
-        self.corpus, self.train_documents, self.held_out_documents = _load_text(settings, base)
+        with self.workers.first_goes_first():
+            self.corpus, self.train_documents, self.held_out_documents = _load_text(settings, base)
         self.windows = self.corpus.windows(settings.context, self.train_documents)
         self.fingerprint = {"text": self.corpus.key, "model": _model_digest(base)}
         self.model = ReferenceModel(base, DTYPES[name], device)
         torch.backends.cudnn.deterministic = True  # the gradient of a convolution; a seed is to repeat a run
         self.heads = nn.ModuleList(TrainableHead(h, self.model.dtype) for h in self._start()).to(device)
-        self.tuned = TunedWeights(self.model, settings.tune)
-        teacher = ReferenceModel(base, DTYPES[name], device) if settings.tune and settings.distill_weight else None
+        self.tuned = TunedWeights(self.model, settings.tune, settings.lora, settings.lora_alpha)
+        teacher = ReferenceModel(base, DTYPES[name], device) if self.tuned.masters and settings.distill_weight else None
         self.losses = Losses(self.model, self.heads, settings, teacher)
         self._graph: GraphedBatch | None = None
+        self._board: Any = None
         if settings.fusion_activation == "none":
             # it cancels in the softmax: its gradient is rounding, which Adam would blow up to full steps
             for head in self.heads:
@@ -103,7 +113,7 @@ class Fit:
             {"params": convs, "base_lr": settings.lr},
             {"params": normalizers, "base_lr": settings.normalizer_lr, "weight_decay": 0.0},
         ]
-        if settings.tune:
+        if self.tuned.masters:
             groups.append({"params": self.tuned.masters, "base_lr": settings.tune_lr, "weight_decay": 0.0})
         # a gradient of a relative error over 10 million weights is small: a large eps would swallow it
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, eps=1e-12)
@@ -152,12 +162,15 @@ class Fit:
         self.tuned.zero_grad()
         losses = self.losses.new()
         for i in range(s.accumulate):
-            ids = self.ids(batch_windows(self.windows, s.batch, step * s.accumulate + i, s.seed))
+            index = (step * s.accumulate + i) * self.workers.count + self.workers.rank
+            ids = self.ids(batch_windows(self.windows, s.batch, index, s.seed))
             if graphed and self._graph is not None:
                 self._graph.backward(ids, losses)
             else:
                 self.losses.backward(ids, plan, 1 / s.accumulate, losses)
         self.tuned.gather()
+        gradients = [p.grad for p in [*self.heads.parameters(), *self.tuned.masters] if p.grad is not None]
+        self.workers.mean([losses.layers, losses.lm, losses.distill, *gradients])
         return losses, plan
 
     def lr_factor(self, step: int) -> float:
@@ -214,7 +227,7 @@ class Fit:
             lm, distill = float(table[-2]), float(table[-1])
             entry |= {"lm": lm, "perplexity": math.exp(min(lm, 700.0)), "distill": distill}
             total += s.lm_weight * lm + s.distill_weight * distill
-        return {**entry, "loss": total, "tokens": s.batch * s.accumulate * plan.tokens}
+        return {**entry, "loss": total, "tokens": s.batch * s.accumulate * self.workers.count * plan.tokens}
 
     def evaluate(self) -> dict[str, float]:
         """Held-out perplexities of the second half of windows: "full" (computed once), "lococo" reading blocks, and
@@ -288,7 +301,9 @@ class Fit:
                 self.show(self.estimate())
             if not estimate_only:
                 self._train()
-                self.publish()
+                if self.workers.first:
+                    self.publish()
+                self.workers.wait()
         except torch.OutOfMemoryError as e:
             raise OutOfMemoryError(
                 f"out of memory on {self.model.device} at step {self.step}: lower --batch (now {s.batch}; raise"
@@ -311,7 +326,8 @@ class Fit:
 
     def _train(self) -> None:
         s = self.settings
-        self._open_log()
+        if self.workers.first:
+            self._open_log()
         if s.eval_every and self.step == 0:
             self._show_held_out()
         since = time.perf_counter()
@@ -325,8 +341,10 @@ class Fit:
                 if held_out:
                     self._show_held_out()
                 entries, since = [], time.perf_counter()
-            if self.step % s.save_every == 0 or self.step == s.steps:
+            if self.workers.first and (self.step % s.save_every == 0 or self.step == s.steps):
                 self.save_state()
+        if self._board is not None:
+            self._board.close()
 
     def _show_progress(self, entries: list[dict[str, Any]], seconds: float) -> None:
         parts = [f"step {self.step}/{self.settings.steps}"]
@@ -340,6 +358,8 @@ class Fit:
         self.show("  ".join(parts))
 
     def _show_held_out(self) -> None:
+        if not self.workers.first:
+            return
         found = self.evaluate()
         self._log({"step": self.step, "held_out": found})
         stepwise = f", token by token {found['lococo_step']:.3f}" if "lococo_step" in found else ""
@@ -365,10 +385,19 @@ class Fit:
                 if entry["step"] <= self.step:
                     kept.append(line)
             log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            if self.settings.tensorboard:
+                self._board = _tensorboard(self.folder / "tensorboard", self.step)
         except OSError as e:
             raise storage_error(e, self.folder) from e
 
     def _log(self, entry: dict[str, Any]) -> None:
+        if not self.workers.first:
+            return
+        if self._board is not None:
+            for name, value in {**entry, **entry.get("held_out", {})}.items():
+                if isinstance(value, float):
+                    kind = "held_out" if "held_out" in entry else entry["regime"]
+                    self._board.add_scalar(f"{kind}/{name}", value, entry["step"])
         try:
             with (self.folder / LOG_NAME).open("a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
@@ -378,6 +407,7 @@ class Fit:
     def _compared(self) -> dict[str, Any]:
         settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in NOT_COMPARED}
         computed = {"dtype": str(self.model.dtype)}  # what auto came to
+        computed["processes"] = str(self.workers.count)
         document: dict[str, Any] = json.loads(json.dumps({**settings, **computed, **self.fingerprint}))
         return document
 
@@ -442,7 +472,11 @@ class Fit:
             heads = [h.export(DTYPES[s.heads_dtype]) for h in self.heads if isinstance(h, TrainableHead)]
             save_heads(staging, s.cache, tuple(heads))
             shutil.copymode(staging / "config.json", staging / HEADS_NAME)  # safetensors files are private at first
-            (staging / RECORD_NAME).write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
+            record = self._record()
+            (staging / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            if self.rope_factor != 1:
+                _write_rope(staging / "config.json", self.rope_factor, s.context)
+            (staging / CARD_NAME).write_text(model_card(s, record, source.name), encoding="utf-8")
 
     def _record(self) -> dict[str, Any]:
         def documents(numbers: list[int]) -> list[dict[str, str]]:
@@ -451,6 +485,7 @@ class Fit:
         return {
             "settings": self._compared(),
             "steps": self.step,
+            "processes": self.workers.count,
             "held_out_perplexity": self.held_out,
             "normalizers": [float(h.normalizer.detach()) for h in self.heads if isinstance(h, TrainableHead)],
             "trained_on": documents(self.train_documents),
@@ -475,3 +510,41 @@ def _load_text(settings: FitSettings, base: Checkpoint) -> tuple[Corpus, list[in
 def _model_digest(checkpoint: Checkpoint) -> str:
     files = sorted({checkpoint.tensors.file(name) for name in checkpoint.tensors})
     return "-".join(sha256_file(f)[:16] for f in [checkpoint.source_dir / "config.json", *files])
+
+
+def _scale_rope(base: Checkpoint, settings: FitSettings) -> tuple[Checkpoint, float]:
+    """The model with positions divided by a factor, so that the context fits the trained range (arXiv 2306.15595)."""
+    path = base.source_dir / "config.json"
+    limit = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
+    if not limit or settings.context <= limit:
+        return base, 1.0
+    rope = base.geometry.rope
+    if rope["type"] != "default":
+        raise UnsupportedError(
+            f"{path}: a context above {limit} scales RoPE linearly, but it is {rope['type']} already"
+        )
+    if settings.distill_weight or settings.reconstruction_weight:
+        raise ConfigError(
+            f"context={settings.context}: the model was trained to {limit} positions, so its full cache is no teacher"
+            " beyond; expected --reconstruction-weight 0 --distill-weight 0 --lm-weight 1"
+        )
+    factor = settings.context / limit
+    geometry = dataclasses.replace(base.geometry, rope={**rope, "type": "linear", "factor": factor})
+    return dataclasses.replace(base, geometry=geometry), factor
+
+
+def _write_rope(path: Path, factor: float, context: int) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    scaling = {"rope_type": "linear", "factor": factor}
+    if config.get("rope_parameters"):
+        config["rope_parameters"] = {**config["rope_parameters"], **scaling}
+    config |= {"rope_scaling": scaling, "max_position_embeddings": context}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as e:
+        raise UnsupportedError("--tensorboard needs tensorboard: pip install 'lococo-export[fit-all]'") from e
+    return SummaryWriter(folder, purge_step=step + 1)

@@ -6,8 +6,10 @@ import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from lococo_runtime._exceptions import UnsupportedError
 from lococo_runtime.bundle import LococoConfig, ModelGeometry
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -73,16 +75,29 @@ class TunedWeights:
 
     Args:
         groups: "norms" (every RMSNorm), "embeddings" (with them the output matrix, where it is tied).
+        lora: rank of low-rank updates (arXiv 2106.09685) of the attention's projections; 0 has none.
+
+    Raises:
+        UnsupportedError: LoRA without peft.
     """
 
-    def __init__(self, model: ReferenceModel, groups: Sequence[str]) -> None:
+    def __init__(self, model: ReferenceModel, groups: Sequence[str], lora: int = 0, lora_alpha: float = 16.0) -> None:
+        self.model, self.lora = model, lora
+        if lora:
+            try:
+                from peft import LoraConfig, inject_adapter_in_model
+            except ModuleNotFoundError as e:
+                raise UnsupportedError("--lora needs peft: pip install 'lococo-export[fit-all]'") from e
+            targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+            config = LoraConfig(r=lora, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules=targets)  # type: ignore[arg-type]
+            inject_adapter_in_model(config, model.model)
         wanted = {"norms": "norm", "embeddings": "embed_tokens"}
         chosen = [wanted[g] for g in groups]
-        self.weights = {
-            name: p
-            for name, p in model.named_parameters()
-            if any(part in name.split(".")[-2] for part in chosen) and name.endswith(".weight")
-        }
+        self.weights: dict[str, nn.Parameter] = {}
+        for name, p in model.named_parameters():
+            owner = name.split(".")[-2]
+            if ".lora_" in name or any(part in owner for part in chosen):
+                self.weights[name] = p
         for p in self.weights.values():
             p.requires_grad_(True)
         self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.weights.values()]
@@ -109,16 +124,23 @@ class TunedWeights:
             master.copy_(value)
         self.scatter()
 
+    def _trained(self, name: str, tensor: Tensor) -> Tensor:
+        """The value to save for a tensor of the checkpoint."""
+        masters = dict(zip(self.weights, self.masters, strict=True))
+        if name in masters:
+            return masters[name].detach().to("cpu", tensor.dtype)
+        if self.lora and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
+            module: Any = self.model.get_submodule(name.removesuffix(".weight"))
+            delta: Tensor = module.get_delta_weight("default").detach()
+            return (tensor.float() + delta.float().cpu()).to(tensor.dtype)
+        return tensor
+
     def copy_file(self, source: Path, target: Path) -> None:
-        """Copies a file of the checkpoint, with the tuned weights in their place if it is one of tensors."""
-        ours = {n: m.detach() for n, m in zip(self.weights, self.masters, strict=True)}
-        if source.suffix == ".safetensors" and ours:
+        """Copies a file of the checkpoint; tuned weights take their place in files of tensors."""
+        if source.suffix == ".safetensors" and self.weights:
             with safe_open(source, framework="pt") as file:
-                names = list(file.keys())
-                if not ours.keys().isdisjoint(names):
-                    tensors = {n: file.get_tensor(n) for n in names}
-                    replaced = {n: ours[n].to("cpu", t.dtype) for n, t in tensors.items() if n in ours}
-                    save_file({**tensors, **replaced}, target, metadata=file.metadata())
-                    shutil.copymode(source, target)
-                    return
-        shutil.copyfile(source, target)
+                tensors = {n: self._trained(n, file.get_tensor(n)).contiguous() for n in file.keys()}  # noqa: SIM118
+                save_file(tensors, target, metadata=file.metadata())
+            shutil.copymode(source, target)
+        else:
+            shutil.copyfile(source, target)

@@ -51,7 +51,9 @@ class FitSettings:
     lm_weight: float = _option(0.0, "of the next-token loss, through the whole model")
     distill_weight: float = _option(0.0, "of the divergence from the full cache's logits, through the whole model")
     tune: tuple[str, ...] = _option((), "weights of the model to tune beside the heads: norms, embeddings")
-    tune_lr: float = _option(5e-5, "learning rate of those")
+    tune_lr: float = _option(5e-5, "learning rate of those, and of LoRA")
+    lora: int = _option(0, "rank of LoRA on q, k, v, o, merged when saved; 0: none. A longer context scales RoPE")
+    lora_alpha: float = _option(16.0, "LoRA's scale is this over its rank")
     bptt: int = _option(2, "fusions that a gradient crosses")
     decode_share: float = _option(0.25, "share of steps that fit token-by-token decoding, the others fit blocks")
     decode_fusions: int = _option(8, "fusions of such a step")
@@ -78,6 +80,7 @@ class FitSettings:
     cuda_graphs: bool = _option(False, "replay block steps as a CUDA graph: faster, where batches are small")
     checkpointing: bool = _option(False, "compute layers again in the backward pass (lm and distill losses)")
     heads_dtype: str = _option("fp32", "in which heads are saved: fp32, bf16, fp16")
+    tensorboard: bool = _option(False, "write the log for TensorBoard too, to OUTPUT.fit/tensorboard")
     log_every: int = _option(10, "steps between progress lines")
     eval_every: int = _option(100, "steps between held-out perplexities; 0 never")
     eval_windows: int = _option(8, "windows of a held-out perplexity")
@@ -104,7 +107,7 @@ class FitSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("reconstruction_weight", "lm_weight", "distill_weight", "lr", "normalizer_lr", "tune_lr", "warmup",
-                     "clip",                     "weight_decay", "eval_every", "seed", "init_std"):  # fmt: skip
+                     "clip", "weight_decay", "eval_every", "seed", "init_std", "lora", "lora_alpha"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         for name in ("decode_share", "held_out"):
@@ -121,9 +124,9 @@ class FitSettings:
                 raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if set(self.tune) - set(TUNABLE):
             raise ConfigError(f"tune: expected some of {', '.join(TUNABLE)}, got {', '.join(self.tune)}")
-        if self.tune and not self.through_model:
+        if (self.tune or self.lora) and not self.through_model:
             raise ConfigError(
-                "tune: reconstruction has no gradient for weights of the model; expected --lm-weight or"
+                "tune, lora: reconstruction has no gradient for weights of the model; expected --lm-weight or"
                 " --distill-weight above 0"
             )
         if self.eval_every and not self.held_out:
@@ -154,7 +157,7 @@ class FitSettings:
 
 NOT_COMPARED = (
     "model", "text", "output", "cache_dir", "init_from", "device", "log_every", "eval_every", "eval_windows",
-    "save_every", "heads_dtype", "layers_at_once", "cuda_graphs",
+    "save_every", "heads_dtype", "layers_at_once", "cuda_graphs", "tensorboard",
 )  # fmt: skip
 """Settings that a resumed run may change; what lies behind the paths is compared by its contents."""
 
