@@ -142,7 +142,7 @@ def test_heads_file_is_as_documented(fitted: Path) -> None:
     }
     document = json.loads((fitted / "lococo_config.json").read_text())
     assert (document.pop("format"), document.pop("schema_version")) == ("lococo-heads", 1)
-    assert document == dataclasses.asdict(small_cache())
+    assert document == small_cache().as_dict()
     assert not [p for p in fitted.iterdir() if p.name.startswith(".")]
 
 
