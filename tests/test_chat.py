@@ -175,13 +175,13 @@ def test_smollm2_template_and_tokens(conversation: str) -> None:
         ("{{ 'x'.center('9999999999' | int) }}", "number"),
         (
             "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-            "a value of",
+            "a value of|does it end",
         ),
         (
             "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-            "a value of|does it",
+            "a value of|does it end",
         ),
-        ("{% set x = 'x' * 60000 %}{% for i in range(99999) %}{{ x }}{% endfor %}", "characters"),
+        ("{% set x = 'x' * 60000 %}{% for i in range(99999) %}{{ x }}{% endfor %}", "characters|does it end"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", "SecurityError|Undefined"),
         ("{{ messages.append(1) }}", "SecurityError"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from lococo_runtime import LLM, EmptyPromptError, NotFoundError, SamplingParams, Session
+from lococo_runtime import LLM, Chat, EmptyPromptError, NotFoundError, SamplingParams, Session
 from lococo_runtime.cli import inspect_main, run_main
 from lococo_runtime.llm import stream_text
 from tiny_models import edit_tensors, make_model
@@ -137,3 +139,68 @@ def test_streaming_never_splits_a_character() -> None:
 def test_llm_needs_a_tokenizer(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"tokenizer\.json"):
         LLM(tmp_path)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_bundle(checkpoint: Path, tmp_path: Path) -> Path:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    (model / "chat_template.jinja").write_text(CHATML)
+    assert export_main(["--model", str(model), "-o", str(tmp_path / "chat"), *FLAGS]) == 0
+    return tmp_path / "chat"
+
+
+def test_run_converses_and_keeps_the_state(
+    chat_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capsys.readouterr()
+    state = str(tmp_path / "state")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nMore\n"))
+    flags = ["--max-tokens", "8", "--temperature", "1", "--top-k", "20"]
+    assert run_main([str(chat_bundle), "--chat", "--system", "Be brief.", *flags, "--save-state", state]) == 0
+    said = capsys.readouterr()
+    with LLM(chat_bundle) as llm, llm.model.session() as session:
+        chat = Chat(llm, [{"role": "system", "content": "Be brief."}])
+        params = SamplingParams(max_tokens=8, temperature=1, top_k=20)
+        assert said.out == chat.send("Hello", params).text + "\n" + chat.send("More", params).text + "\n"
+        assert f"position {chat.session.position:,}," in said.err
+        session.load(state)
+        assert session.state() == chat.session.state()
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        assert run_main([str(chat_bundle), "--chat", "--load-state", state, "--prompt", "Go on", *flags]) == 0
+        assert capsys.readouterr().out == Chat(llm, session=session).send("Go on", params).text + "\n"
+
+
+def test_a_message_that_fails_leaves_the_conversation(
+    chat_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ud800\nHello\n"))
+    assert run_main([str(chat_bundle), "--chat", "--regex", "[ab]{4}"]) == 1
+    said = capsys.readouterr()
+    assert re.search(r"^[ab]{4}$", said.out, re.M)
+    assert "Unicode" in said.err
+
+
+def test_run_writes_what_it_is_told_to(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [str(bundle), "--prompt", "x", "--max-tokens", "60", "--temperature", "1"]
+    (tmp_path / "schema.json").write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 3}')
+    assert run_main([*common, "--json-schema", str(tmp_path / "schema.json")]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), list)
+    assert run_main([*common, "--regex", "abcd", "--stop", "zz", "--stop", "c"]) == 0
+    assert capsys.readouterr().out == "ab\n"
+    for wrong in (
+        ["--regex", "("],
+        ["--regex", "a", "--json-schema", str(tmp_path / "schema.json")],
+        ["--system", "Be brief."],
+        ["--min-p", "2"],
+        ["--stop", ""],
+        ["--chat"],
+    ):
+        assert run_main([*common, *wrong]) == 1
+        assert "error: " in capsys.readouterr().err

@@ -95,12 +95,7 @@ class ChatTemplate:
             ChatTemplateError: no template, or one that raises, does not compile or exceeds the limits.
             InvalidArgumentError: messages that are none, or hold something else than JSON values.
         """
-        name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
-        if name not in self.templates:
-            raise ChatTemplateError(
-                f"chat template {name!r}: not found, this bundle has {sorted(self.templates) or 'none'}; use generate"
-                " with a prompt, or export the model with a chat_template.jinja beside its tokenizer.json"
-            )
+        name = self.select(tools)
         values = {
             **self.special_tokens,
             **(_plain(variables, "variables") or {}),
@@ -110,6 +105,16 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         return _run_bounded(lambda: self._render(name, values))
+
+    def select(self, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The name of the template for a conversation with these tools. Raises ChatTemplateError if there is none."""
+        name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
+        if name not in self.templates:
+            raise ChatTemplateError(
+                f"chat template {name!r}: not found, this bundle has {sorted(self.templates) or 'none'}; use generate"
+                " with a prompt, or export the model with a chat_template.jinja beside its tokenizer.json"
+            )
+        return name
 
     def _render(self, name: str, values: dict[str, Any]) -> str:
         if name not in self._compiled:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 from ._exceptions import InvalidArgumentError, LococoError, NotFoundError
 from .bundle import Manifest, read_manifest
-from .llm import load_tokenizer, stream_text
+from .chat import Chat
+from .completion import CompletionStream
+from .grammar import Grammar
+from .llm import LLM
 from .sampling import SamplingParams
-from .session import Model, Session
+from .session import Session
 
 
 def guarded(main: Callable[[], int]) -> int:
@@ -44,18 +47,31 @@ def read_text(path: Path) -> str:
 def run_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of lococo-run."""
     parser = argparse.ArgumentParser(
-        prog="lococo-run", description="Read a prompt of any length through the slot cache and continue it."
+        prog="lococo-run",
+        usage="%(prog)s [options] bundle",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27),
+        description="Read a text of any length through the slot cache, then continue it or talk about it.",
     )
     parser.add_argument("bundle", type=Path, help="directory made by lococo-export")
-    parser.add_argument("--prompt", help="text to continue; with --file it follows the file")
+    parser.add_argument("--prompt", help="text to continue, behind the file; with --chat the first message")
     parser.add_argument("--file", type=Path, help="text file to read first")
-    parser.add_argument("--max-tokens", type=int, default=128, help="most tokens to generate (default 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 = all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest up to this probability")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--load-state", type=Path, metavar="FILE", help="continue from a saved state")
-    parser.add_argument("--save-state", type=Path, metavar="FILE", help="save the state after reading the prompt")
+    parser.add_argument("--chat", action="store_true", help="converse; Ctrl-C ends an answer, Ctrl-D all")
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    parser.add_argument("--load-state", type=Path, metavar="FILE", help="go on from a saved state")
+    parser.add_argument("--save-state", type=Path, metavar="FILE", help="save it: before writing, or after the chat")
+    sampling = parser.add_argument_group("choosing tokens")
+    sampling.add_argument("--max-tokens", type=int, default=128, metavar="N", help="most to write at once (128)")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 = greedy (default)")
+    sampling.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 = all")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest up to this probability")
+    sampling.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this times the likeliest")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 = none (default)")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text, or another"
+    )
+    sampling.add_argument("--json-schema", type=Path, metavar="FILE", help="write JSON, valid under this schema")
+    sampling.add_argument("--regex", help="write what matches this")
     parser.add_argument("--threads", type=int, default=0, help="0 = one per physical core")
     args = parser.parse_args(argv)
     return guarded(lambda: _run(args))
@@ -63,42 +79,93 @@ def run_main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     params = SamplingParams(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, max_tokens=args.max_tokens
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        stop=args.stop,
     )
-    text = (read_text(args.file) if args.file else "") + (args.prompt or "")
-    tokenizer = load_tokenizer(args.bundle)
-    ids = tokenizer.encode(text).ids if text else []
-    if not ids and not args.load_state:
-        raise InvalidArgumentError("nothing to read: pass --prompt, --file or --load-state")
-    with Model(args.bundle, num_threads=args.threads) as model, Session(model) as session:
+    if args.json_schema and args.regex:
+        raise InvalidArgumentError("expected one of --json-schema and --regex, got both")
+    if args.system and not args.chat:
+        raise InvalidArgumentError("--system: needs --chat")
+    grammar = Grammar.json_schema(read_text(args.json_schema)) if args.json_schema else None
+    if args.regex:
+        grammar = Grammar.regex(args.regex)
+    text = (read_text(args.file) if args.file else "") + ("" if args.chat else args.prompt or "")
+    if not (text or args.load_state or args.chat):
+        raise InvalidArgumentError("nothing to read: pass --prompt, --file, --load-state or --chat")
+    with LLM(args.bundle, num_threads=args.threads) as llm, llm.model.session() as session:
+        if args.chat:
+            llm.chat_template.select()  # before a long file is read
         if args.load_state:
             session.load(args.load_state)
+        ids = llm.encode(text, add_special_tokens=session.position == 0) if text else []
         start = time.perf_counter()
         read_with_progress(session, ids)
-        read_s = time.perf_counter() - start
+        show_speed("read", len(ids), time.perf_counter() - start)
+        status = 0
+        if args.chat:
+            status = _converse(Chat(llm, _system(args), session=session), args.prompt, params, grammar)
         if args.save_state:
             session.save(args.save_state)
-        start, count = time.perf_counter(), 0
-
-        def counted() -> Iterator[int]:
-            nonlocal count
-            for token in session.generate([], params):
-                count += 1
-                yield token
-
-        for piece in stream_text(tokenizer, counted()):
-            print(piece, end="", flush=True)
-        write_s = time.perf_counter() - start
-        print()
+        if not args.chat:
+            _write(llm.generate_stream("", params, grammar=grammar, session=session))
         print(
-            f"read {len(ids):,} tokens in {read_s:.1f} s"
-            + (f" ({len(ids) / read_s:.0f} tokens/s)" if ids else "")
-            + f", wrote {count:,} in {write_s:.1f} s"
-            + (f" ({count / write_s:.1f} tokens/s)" if count else "")
-            + f"; position {session.position:,}, {session.live_slots} live slots, state {session.state_bytes:,} bytes",
+            f"position {session.position:,}, {session.live_slots} live slots, state {session.state_bytes:,} bytes",
             file=sys.stderr,
         )
-    return 0
+    return status
+
+
+def _system(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [{"role": "system", "content": args.system}] if args.system else []
+
+
+def _converse(chat: Chat, first: str | None, params: SamplingParams, grammar: Grammar | None) -> int:
+    """Answers messages until they end; 1 if one of them could not be answered."""
+    status = 0
+    for message in _messages(first):
+        try:
+            _write(chat.stream(message, params, grammar=grammar))
+        except LococoError as e:  # the conversation is as it was
+            print(f"error: {e}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def _messages(first: str | None) -> Iterator[str]:
+    """The first one, then lines of stdin up to its end or Ctrl-C."""
+    if first:
+        yield first
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line.strip():
+            yield line
+
+
+def _write(stream: CompletionStream) -> None:
+    """Prints pieces as they come, and how fast they came; Ctrl-C ends them."""
+    start = time.perf_counter()
+    try:
+        for piece in stream:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+    print()
+    show_speed("wrote", len(stream.output.token_ids), time.perf_counter() - start)
+
+
+def show_speed(what: str, count: int, seconds: float) -> None:
+    """A line on stderr, if anything was done."""
+    if count:
+        print(f"{what} {count:,} tokens in {seconds:.1f} s ({count / seconds:.1f} tokens/s)", file=sys.stderr)
 
 
 def read_with_progress(session: Session, ids: Sequence[int]) -> None:
