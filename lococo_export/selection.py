@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .reference import FusionHead, Selection, fuse_slots, select, take_columns
 
+EXACT = "donot_use_mm_for_euclid_dist"  # of torch.cdist: columns may be much alike
 ANCHOR_SHARE = 0.05  # anchors that weigh less in their slot cannot be read off it
 
 
@@ -96,7 +97,7 @@ def taken_selection(
 
 def _nearest(slots: Tensor, columns: Tensor, live: Tensor) -> Tensor:
     """For every slot (1, K, m, c) the index (1, K, m) of the nearest live column (1, K, S, c)."""
-    distance = torch.cdist(slots, columns).masked_fill(~live[:, :, None], torch.inf)
+    distance = torch.cdist(slots, columns, compute_mode=EXACT).masked_fill(~live[:, :, None], torch.inf)
     return distance.argmin(dim=-1)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from lococo_runtime import ConfigError, InvalidArgumentError, Session
+from lococo_runtime import ConfigError, InvalidArgumentError, LococoError, Session
 from lococo_runtime.bundle import Manifest, TensorSpec
 from torch import Tensor
 
@@ -190,7 +190,7 @@ def verify_bundle(
     if len(ids) <= steps:
         raise InvalidArgumentError(f"ids: expected more than steps={steps}, got {len(ids)}")
     report = Report(tolerance or Tolerance.for_dtype(manifest.dtype))
-    comparison = _Comparison(session, _Follower(reference), report)
+    comparison = _Comparison(session, _Follower(reference), report, free_running)
     common, since = session.state(), list[list[int]]()
     block = manifest.cache.block_size
     prompt = len(ids) - steps
@@ -204,7 +204,6 @@ def verify_bundle(
             report.divergence = found[0] if third is None else _ask(third, comparison, found)
             return report
         if outcome.state is not None and not free_running:
-            comparison.reference.take_over(read_state(manifest, outcome.state))
             common, since = outcome.state, []
         progress(report.tokens, len(ids))
     return report
@@ -330,13 +329,14 @@ class _Outcome:
 class _Comparison:
     """Both sides, forward by forward; the worst values go to `report`."""
 
-    def __init__(self, session: Session, reference: _Follower, report: Report) -> None:
-        self.session, self.reference, self.report = session, reference, report
+    def __init__(self, session: Session, reference: _Follower, report: Report, free_running: bool = False) -> None:
+        self.session, self.reference, self.report, self.free_running = session, reference, report, free_running
         self.manifest = session.model.manifest
 
     def forward(self, piece: list[int], following: Sequence[int] = (), columns: bool = False) -> _Outcome:
         """Reads `piece` on both sides and compares; with `columns` the new columns of all layers too.
 
+        Where the bundle's state was looked at, the reference takes it over, unless it runs free.
         `following` are the tokens after each of `piece`, as far as there are any.
         """
         r, before = self.report, self.reference.state
@@ -366,7 +366,10 @@ class _Comparison:
             # layers first: logits are computed from them
             compare = self._compare_fusion if fuses else self._compare_columns
             wrong = compare(before, result, after, length) or wrong
-        self.reference.update(result)
+        if state is not None and not self.free_running:
+            self.reference.take_over(after)
+        else:
+            self.reference.update(result)
         return _Outcome(state, wrong)
 
     def _compare_columns(
@@ -517,12 +520,15 @@ def _ask(
 ) -> Divergence:
     """Adds what another backend says of the first bad forward."""
     divergence, before, piece = found
-    with third() as session:
-        session.set_state(before)
-        comparison.reference.take_over(read_state(comparison.manifest, before))
-        outcome = _Comparison(session, comparison.reference, Report(comparison.report.tolerance)).forward(
-            piece, columns=True
-        )
+    try:
+        with third() as session:
+            session.set_state(before)
+            comparison.reference.take_over(read_state(comparison.manifest, before))
+            again = _Comparison(session, comparison.reference, Report(comparison.report.tolerance))
+            outcome = again.forward(piece, columns=True)
+    except LococoError as e:
+        finding = f"another backend could not be asked: {e}"
+        return dataclasses.replace(divergence, findings=(*divergence.findings, finding))
     if outcome.wrong:
         opinion = f"differs from PyTorch too, in {outcome.wrong[0]}: the export or the checkpoint is to blame"
     else:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lococo_bench.measure import at_position
-from lococo_runtime import InvalidArgumentError, LococoConfig, Session
+from lococo_runtime import InvalidArgumentError, LococoConfig, NotFoundError, Session
 from tiny_models import edit_tensors, make_model, random_heads, small_cache
 
 from lococo_export import export_bundle, load_checkpoint
@@ -160,6 +160,23 @@ def test_one_wrong_column_is_named_by_forward_and_layer(bundle: Path, checkpoint
     assert found.forward.startswith(f"forward {48 // 8 + 61 - 48} (step")
     assert "layer 0's attention or MLP" in str(found)
     assert "another backend, from the same state, agrees with PyTorch" in str(found)
+
+
+def test_a_missing_third_backend_hides_nothing(bundle: Path, checkpoint: Checkpoint) -> None:
+    class WrongKey(Faulty):
+        at = 50
+
+        def fault(self, payload: np.ndarray) -> None:
+            self.column(payload, layer=0, value=False)[:] += 1
+
+    def missing() -> Session:
+        raise NotFoundError("no ONNX Runtime here")
+
+    with WrongKey(bundle) as session:
+        report = verify_bundle(session, ReferenceModel(checkpoint), tokens(48 + STEPS), STEPS, third=missing)
+    assert "past_key_values.0.key" in str(report.divergence)
+    assert "the embedding" in str(report.divergence)
+    assert "could not be asked: no ONNX Runtime here" in str(report.divergence)
 
 
 def test_a_number_that_is_not_finite_is_named(bundle: Path, checkpoint: Checkpoint) -> None:
