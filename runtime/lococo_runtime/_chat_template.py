@@ -62,7 +62,10 @@ class ChatTemplate:
                 tokens[name] = value
         found = config.get("chat_template")
         if (file := bundle / "chat_template.jinja").is_file():
-            found = file.read_text(encoding="utf-8")
+            try:
+                found = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as e:
+                raise CorruptError(f"{file}: expected UTF-8 text: {e}") from e
         if found is None:
             return cls({}, tokens)
         if isinstance(found, str):
