@@ -27,6 +27,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint directory")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="bundle to make (default MODEL-POLICY-DTYPE)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="also step N sessions at once (1: do not)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin")
     parser.add_argument("--no-engines", action="store_true", help="do not build TensorRT engines where there is a GPU")
@@ -70,7 +71,7 @@ def _export(args: argparse.Namespace) -> int:
     if checkpoint.heads_ignored:
         print("note: the checkpoint's fusion heads are not used by policy h2o", file=sys.stderr)
 
-    manifest = export_bundle(checkpoint, output, dtype=dtype, force=args.force, progress=show_step)
+    manifest = export_bundle(checkpoint, output, dtype=dtype, batch=args.batch, force=args.force, progress=show_step)
     peak_mib = memory_bytes("VmHWM") / 2**20
     print(
         f"{output}: {config.policy}, {config.mem_size} slots, {args.dtype}, state {manifest.state_bytes:,} bytes,"

@@ -31,19 +31,19 @@ class GraphWriter:
     Args:
         model, cache: what to write.
         dtype: of weights, activations and cache; norms, attention softmax, scores and logits are float32 throughout.
-        batch: sequences stepped together.
         weights: the file that `write_weights` filled.
     """
 
     def __init__(
-        self, model: ModelGeometry, cache: LococoConfig, dtype: str, batch: int, weights: WeightsFile, producer: str
+        self, model: ModelGeometry, cache: LococoConfig, dtype: str, weights: WeightsFile, producer: str
     ) -> None:
-        self.model, self.cache, self.dtype, self.batch = model, cache, dtype, batch
+        self.model, self.cache, self.dtype, self.batch = model, cache, dtype, 1
         self.weights, self.producer = weights, producer
         self.group = model.num_heads // model.num_kv_heads
 
     def write(self, spec: GraphSpec, directory: Path) -> None:
         """Writes the ONNX file of `spec` into `directory`."""
+        self.batch = spec.batch
         build = {"decoder": self._decoder, "fusion": self._fusion, "lm_head": self._lm_head}[spec.kind]
         nodes, functions = build(spec.tokens)
         save_model(directory / spec.file, nodes, spec.inputs, spec.outputs, functions, self.weights, self.producer)

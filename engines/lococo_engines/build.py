@@ -217,7 +217,7 @@ def _chosen(manifest: Manifest, recipe: Recipe) -> list[GraphSpec]:
     wanted = {1, block}
     if "short" in recipe.widths:
         wanted.update(forward_widths(block))
-    return [g for g in manifest.graphs if g.tokens in wanted]
+    return [g for g in manifest.graphs if g.tokens in wanted and g.batch == 1]
 
 
 def check_files(bundle: Path, manifest: Manifest) -> None:

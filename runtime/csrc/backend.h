@@ -49,6 +49,32 @@ class Executor {
   virtual void copy_from(Executor& other) = 0;
 };
 
+// The buffers of a batch: max_batch() rows, each the state of one sequence or idle. Methods throw Error; then the state
+// and the logits of every row that the call was about are as they were.
+class BatchExecutor {
+ public:
+  struct Step {  // one token of one row
+    int32_t row;
+    int32_t id;
+    int64_t position;
+    int32_t length;  // live slots before
+  };
+
+  BatchExecutor() = default;
+  virtual ~BatchExecutor() = default;
+  BatchExecutor(const BatchExecutor&) = delete;
+  BatchExecutor& operator=(const BatchExecutor&) = delete;
+
+  // Reads one token in each of these rows, which differ. States and logits stay; what came out waits for append or
+  // fuse.
+  virtual void forward(const std::vector<Step>& steps) = 0;
+  // The row takes its new slot, or is fused with it into mem_size slots, and takes its new logits.
+  virtual void append(const Step& step) = 0;
+  virtual void fuse(const Step& step) = 0;
+  // The row as the state of a sequence: logits, reset, read_state, write_state, and copy_from in both directions.
+  virtual Executor& row(int32_t row) = 0;
+};
+
 // An opened bundle. Used from many threads at once.
 class Backend {
  public:
@@ -64,6 +90,12 @@ class Backend {
   [[nodiscard]] virtual const std::vector<int32_t>& widths() const = 0;
   // Whether a forward can give the logits of every token.
   [[nodiscard]] virtual bool has_all_logits() const { return true; }
+
+  // Sequences that a batch steps together, 1: it has no batches; and what a batch allocates.
+  [[nodiscard]] virtual int32_t max_batch() const { return 1; }
+  [[nodiscard]] virtual uint64_t batch_bytes() const { return 0; }
+  // NULL without batches.
+  virtual std::unique_ptr<BatchExecutor> create_batch() { return nullptr; }
 };
 
 struct BackendOptions {

@@ -1,12 +1,15 @@
 // lococo.cc - the C boundary: arguments checked, exceptions turned into statuses, sessions guarded. Nothing else.
 #include "lococo.h"
 
+#include <algorithm>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <string>
 
+#include "batch.h"
 #include "error.h"
 #include "pool.h"
 #include "session.h"
@@ -30,6 +33,11 @@ struct lococo_session {
 
 struct lococo_stops {
   lococo::Stops impl;
+};
+
+struct lococo_batch {
+  explicit lococo_batch(std::shared_ptr<lococo::Model> model) : impl(std::move(model)) {}
+  lococo::Batch impl;
 };
 
 namespace {
@@ -78,34 +86,50 @@ void require_size(size_t got, size_t expected, const char* name) {
   }
 }
 
-// Holds a session for one call.
+// Holds a session or a batch for one call.
 class Hold {
  public:
-  explicit Hold(lococo::Session& session) : session_(session) {
-    if (session_.busy.exchange(true, std::memory_order_acquire)) {
-      fail(LOCOCO_ERROR_BUSY,
-           "session: in use by another thread or by the callback's caller; use one session a thread");
-    }
-  }
-  ~Hold() { session_.busy.store(false, std::memory_order_release); }
+  explicit Hold(lococo::Session& session) : Hold(session.busy, "session") {}
+  explicit Hold(lococo::Batch& batch) : Hold(batch.busy, "batch") {}
+  ~Hold() { busy_.store(false, std::memory_order_release); }
   Hold(const Hold&) = delete;
   Hold& operator=(const Hold&) = delete;
 
  private:
-  lococo::Session& session_;
+  Hold(std::atomic<bool>& busy, const char* what) : busy_(busy) {
+    if (busy_.exchange(true, std::memory_order_acquire)) {
+      fail(LOCOCO_ERROR_BUSY, "%s: in use by another thread or by the callback's caller; use one %s a thread", what,
+           what);
+    }
+  }
+
+  std::atomic<bool>& busy_;
 };
 
 enum class Dead { kRefused, kAllowed };
+
+void require_alive(const lococo::Session& session) {
+  if (session.dead) {
+    fail(LOCOCO_ERROR_DEAD, "session: an earlier backend error left it unusable; reset it or load a state");
+  }
+}
 
 template <typename F>
 lococo_status with_session(lococo_session* session, Dead dead, F&& body) noexcept {
   return guarded([&] {
     require(session, "session");
     const Hold hold(session->impl);
-    if (session->impl.dead && dead == Dead::kRefused) {
-      fail(LOCOCO_ERROR_DEAD, "session: an earlier backend error left it unusable; reset it or load a state");
-    }
+    if (dead == Dead::kRefused) require_alive(session->impl);
     body(session->impl);
+  });
+}
+
+template <typename F>
+lococo_status with_batch(lococo_batch* batch, F&& body) noexcept {
+  return guarded([&] {
+    require(batch, "batch");
+    const Hold hold(batch->impl);
+    body(batch->impl);
   });
 }
 
@@ -198,9 +222,21 @@ lococo_status lococo_model_get_info(const lococo_model* model, lococo_model_info
     require(info, "info");
     require_size(info->struct_size, sizeof *info, "lococo_model_info");
     const lococo::Manifest& m = model->impl->manifest;
-    *info = {sizeof *info,        m.vocab_size,        m.num_layers, m.num_kv_heads, m.head_dim,
-             m.mem_size,          m.capacity,          m.block_size, m.state_bytes,  model->impl->session_bytes(),
-             m.bundle_id.c_str(), m.dtype_text.c_str()};
+    const lococo::Backend& backend = *model->impl->backend;
+    *info = {sizeof *info,
+             m.vocab_size,
+             m.num_layers,
+             m.num_kv_heads,
+             m.head_dim,
+             m.mem_size,
+             m.capacity,
+             m.block_size,
+             backend.max_batch(),
+             m.state_bytes,
+             model->impl->session_bytes(),
+             backend.batch_bytes(),
+             m.bundle_id.c_str(),
+             m.dtype_text.c_str()};
   });
 }
 
@@ -221,6 +257,16 @@ void lococo_session_destroy(lococo_session* session) {
   if (session->impl.busy.exchange(true, std::memory_order_acquire)) {
     lococo::log_line(LOCOCO_LOG_ERROR, "lococo_session_destroy: the session is in use; it was not destroyed");
     return;
+  }
+  if (session->impl.batch() != nullptr) {
+    if (guarded([&] {
+          const Hold hold(*session->impl.batch());
+          session->impl.batch()->remove(session->impl);
+        }) != LOCOCO_OK) {
+      session->impl.busy.store(false, std::memory_order_release);
+      lococo::log_line(LOCOCO_LOG_ERROR, "lococo_session_destroy: the session's batch is in use; it was not destroyed");
+      return;
+    }
   }
   delete session;
 }
@@ -501,5 +547,73 @@ lococo_status lococo_pool_get_info(lococo_pool* pool, lococo_pool_info* info) {
     require(info, "info");
     require_size(info->struct_size, sizeof *info, "lococo_pool_info");
     *info = pool->impl.info();
+  });
+}
+
+lococo_status lococo_batch_create(lococo_model* model, lococo_batch** out) {
+  return guarded([&] {
+    require(model, "model");
+    require(out, "out");
+    *out = new lococo_batch(model->impl);
+  });
+}
+
+void lococo_batch_destroy(lococo_batch* batch) {
+  if (batch == nullptr) return;
+  const lococo_status status = with_batch(batch, [](lococo::Batch& b) {
+    std::deque<Hold> holds;
+    for (lococo::Session* session : b.sessions()) {
+      if (session != nullptr) holds.emplace_back(*session);
+    }
+    for (lococo::Session* session : b.sessions()) {
+      if (session != nullptr) b.remove(*session);
+    }
+  });
+  if (status != LOCOCO_OK) {
+    lococo::log_line(LOCOCO_LOG_ERROR,
+                     "lococo_batch_destroy: the batch or a session in it is in use; nothing was done");
+    return;
+  }
+  delete batch;
+}
+
+lococo_status lococo_batch_add(lococo_batch* batch, lococo_session* session) {
+  return with_batch(batch, [&](lococo::Batch& b) {
+    require(session, "session");
+    const Hold hold(session->impl);
+    require_alive(session->impl);
+    b.add(session->impl);
+  });
+}
+
+lococo_status lococo_batch_remove(lococo_batch* batch, lococo_session* session) {
+  return with_batch(batch, [&](lococo::Batch& b) {
+    require(session, "session");
+    const Hold hold(session->impl);
+    b.remove(session->impl);
+  });
+}
+
+lococo_status lococo_batch_step(lococo_batch* batch, lococo_session* const* sessions, const int32_t* ids, size_t n) {
+  return with_batch(batch, [&](lococo::Batch& b) {
+    if (n > 0) {
+      require(sessions, "sessions");
+      require(ids, "ids");
+    }
+    if (n > b.sessions().size()) {
+      fail(LOCOCO_ERROR_INVALID_ARGUMENT, "n: expected at most %zu sessions, got %zu", b.sessions().size(), n);
+    }
+    std::deque<Hold> holds;
+    std::vector<lococo::Session*> members;
+    for (size_t i = 0; i < n; ++i) {
+      require(sessions[i], "session");
+      if (std::find(sessions, sessions + i, sessions[i]) != sessions + i) {
+        fail(LOCOCO_ERROR_INVALID_ARGUMENT, "sessions[%zu]: expected each session once, got one again", i);
+      }
+      members.push_back(&sessions[i]->impl);
+      holds.emplace_back(*members.back());
+      require_alive(*members.back());
+    }
+    b.step(members.data(), ids, n);
   });
 }

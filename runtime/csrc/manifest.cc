@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxDim = 1 << 24;  // of one axis of the model or the cache
 constexpr int64_t kMaxLayers = 4096;
+constexpr int64_t kMaxBatch = 1024;
 constexpr uint64_t kMaxBytes = uint64_t{1} << 48;  // of one tensor
 
 Dtype dtype_from(const std::string& name) {
@@ -34,19 +35,19 @@ int32_t int_member(const json::Value& object, const char* key, int64_t lowest, i
 
 // --- the tensors that geometry and cache imply -----------------------------------------------------------------------
 
-// K and V of every layer, [1, H_kv, slots, d].
-void add_kv(std::vector<TensorSpec>& list, const char* prefix, const Manifest& m, int64_t slots) {
+// K and V of every layer, [batch, H_kv, slots, d].
+void add_kv(std::vector<TensorSpec>& list, const char* prefix, const Manifest& m, int64_t batch, int64_t slots) {
   for (int32_t layer = 0; layer < m.num_layers; ++layer) {
     for (const char* part : {"key", "value"}) {
-      list.push_back({format("%s.%d.%s", prefix, layer, part), {1, m.num_kv_heads, slots, m.head_dim}, m.dtype});
+      list.push_back({format("%s.%d.%s", prefix, layer, part), {batch, m.num_kv_heads, slots, m.head_dim}, m.dtype});
     }
   }
 }
 
-// Scores of every layer, [1, H_kv, slots].
-void add_scores(std::vector<TensorSpec>& list, const char* prefix, const Manifest& m, int64_t slots) {
+// Scores of every layer, [batch, H_kv, slots].
+void add_scores(std::vector<TensorSpec>& list, const char* prefix, const Manifest& m, int64_t batch, int64_t slots) {
   for (int32_t layer = 0; layer < m.num_layers; ++layer) {
-    list.push_back({format("%s.%d", prefix, layer), {1, m.num_kv_heads, slots}, Dtype::kFloat32});
+    list.push_back({format("%s.%d", prefix, layer), {batch, m.num_kv_heads, slots}, Dtype::kFloat32});
   }
 }
 
@@ -54,42 +55,42 @@ std::vector<TensorSpec> state_tensors(const Manifest& m) {
   std::vector<TensorSpec> list = {{"position", {1}, Dtype::kInt64},
                                   {"past_length", {1}, Dtype::kInt64},
                                   {"logits", {1, m.vocab_size}, Dtype::kFloat32}};
-  add_kv(list, "past_key_values", m, m.capacity);
-  if (m.has_scores) add_scores(list, "past_scores", m, m.capacity);
+  add_kv(list, "past_key_values", m, 1, m.capacity);
+  if (m.has_scores) add_scores(list, "past_scores", m, 1, m.capacity);
   list.push_back({"token_counts", {1, m.vocab_size}, Dtype::kInt32});
   return list;
 }
 
-std::vector<TensorSpec> graph_inputs(const Manifest& m, GraphKind kind, int64_t width) {
-  if (kind == GraphKind::kLmHead) return {{"hidden_states", {1, width, m.hidden_size}, m.dtype}};
+std::vector<TensorSpec> graph_inputs(const Manifest& m, GraphKind kind, int64_t width, int64_t batch) {
+  if (kind == GraphKind::kLmHead) return {{"hidden_states", {batch, width, m.hidden_size}, m.dtype}};
   std::vector<TensorSpec> list;
   if (kind == GraphKind::kDecoder) {
-    list.push_back({"input_ids", {1, width}, Dtype::kInt32});
-    list.push_back({"position_ids", {1}, Dtype::kInt32});
+    list.push_back({"input_ids", {batch, width}, Dtype::kInt32});
+    list.push_back({"position_ids", {batch}, Dtype::kInt32});
   }
-  if (kind == GraphKind::kDecoder || width > 1) list.push_back({"past_length", {1}, Dtype::kInt32});
-  if (width > 1) list.push_back({"num_tokens", {1}, Dtype::kInt32});
-  add_kv(list, "past_key_values", m, m.capacity);
+  if (kind == GraphKind::kDecoder || width > 1) list.push_back({"past_length", {batch}, Dtype::kInt32});
+  if (width > 1) list.push_back({"num_tokens", {batch}, Dtype::kInt32});
+  add_kv(list, "past_key_values", m, batch, m.capacity);
   if (kind == GraphKind::kFusion) {
-    add_kv(list, "new_key_values", m, width);
-    add_scores(list, "scores", m, m.capacity + width);
+    add_kv(list, "new_key_values", m, batch, width);
+    add_scores(list, "scores", m, batch, m.capacity + width);
   } else if (m.has_scores) {
-    add_scores(list, "past_scores", m, m.capacity);
+    add_scores(list, "past_scores", m, batch, m.capacity);
   }
   return list;
 }
 
-std::vector<TensorSpec> graph_outputs(const Manifest& m, GraphKind kind, int64_t width) {
-  if (kind == GraphKind::kLmHead) return {{"logits", {1, width, m.vocab_size}, Dtype::kFloat32}};
+std::vector<TensorSpec> graph_outputs(const Manifest& m, GraphKind kind, int64_t width, int64_t batch) {
+  if (kind == GraphKind::kLmHead) return {{"logits", {batch, width, m.vocab_size}, Dtype::kFloat32}};
   std::vector<TensorSpec> list;
   if (kind == GraphKind::kDecoder) {
-    list.push_back({"logits", {1, m.vocab_size}, Dtype::kFloat32});
-    if (width > 1) list.push_back({"hidden_states", {1, width, m.hidden_size}, m.dtype});
-    add_kv(list, "new_key_values", m, width);
-    add_scores(list, "scores", m, m.capacity + width);
+    list.push_back({"logits", {batch, m.vocab_size}, Dtype::kFloat32});
+    if (width > 1) list.push_back({"hidden_states", {batch, width, m.hidden_size}, m.dtype});
+    add_kv(list, "new_key_values", m, batch, width);
+    add_scores(list, "scores", m, batch, m.capacity + width);
   } else {
-    add_kv(list, "present", m, m.capacity);
-    if (m.has_scores) add_scores(list, "present_scores", m, m.capacity);
+    add_kv(list, "present", m, batch, m.capacity);
+    if (m.has_scores) add_scores(list, "present_scores", m, batch, m.capacity);
   }
   return list;
 }
@@ -147,15 +148,28 @@ GraphKind kind_from(const json::Value& text) {
 
 void read_graphs(const json::Value& graphs, Manifest& m) {
   for (const json::Value& g : graphs.as_array()) {
-    GraphSpec spec{kind_from(g.at("kind")), int_member(g, "tokens", 1, m.block_size), g.at("file").as_string(), {}, {}};
-    spec.inputs = graph_inputs(m, spec.kind, spec.tokens);
-    spec.outputs = graph_outputs(m, spec.kind, spec.tokens);
+    const json::Value* batch = g.find("batch");  // written where it is not 1
+    GraphSpec spec{kind_from(g.at("kind")),
+                   int_member(g, "tokens", 1, m.block_size),
+                   batch != nullptr ? static_cast<int32_t>(batch->as_int(2, kMaxBatch)) : 1,
+                   g.at("file").as_string(),
+                   {},
+                   {}};
+    spec.inputs = graph_inputs(m, spec.kind, spec.tokens, spec.batch);
+    spec.outputs = graph_outputs(m, spec.kind, spec.tokens, spec.batch);
     check_tensors(g.at("inputs"), spec.inputs);
     check_tensors(g.at("outputs"), spec.outputs);
     const bool listed =
         std::any_of(m.files.begin(), m.files.end(), [&](const FileEntry& f) { return f.path == spec.file; });
     if (!listed) {
       fail(LOCOCO_ERROR_CORRUPT, "line %d: graph file %.200s: expected it among \"files\"", g.line, spec.file.c_str());
+    }
+    if (spec.batch > 1) {
+      if (spec.kind != GraphKind::kDecoder || spec.tokens != 1 || m.batch_decoder) {
+        fail(LOCOCO_ERROR_CORRUPT, "line %d: expected at most one graph with \"batch\", a decoder of 1 token", g.line);
+      }
+      m.batch_decoder = std::move(spec);
+      continue;
     }
     if (spec.kind == GraphKind::kDecoder) m.widths.push_back(spec.tokens);
     m.graphs.push_back(std::move(spec));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,7 @@ enum class GraphKind { kDecoder, kFusion, kLmHead };
 struct GraphSpec {
   GraphKind kind;
   int32_t tokens;
+  int32_t batch;  // sequences that it reads tokens of
   std::string file;
   std::vector<TensorSpec> inputs;
   std::vector<TensorSpec> outputs;
@@ -61,12 +63,14 @@ struct Manifest {
   int32_t block_size;  // B
   bool has_scores;     // score_decay > 0: scores are state
 
-  std::vector<TensorSpec> state;  // in the order of the state file, less token_counts, its last
-  uint64_t state_bytes;           // of all of them
-  std::vector<GraphSpec> graphs;
+  std::vector<TensorSpec> state;           // in the order of the state file, less token_counts, its last
+  uint64_t state_bytes;                    // of all of them
+  std::vector<GraphSpec> graphs;           // of one sequence each
+  std::optional<GraphSpec> batch_decoder;  // steps a batch of sequences, one token each
   std::vector<FileEntry> files;
   std::vector<int32_t> widths;  // of the decoder graphs, ascending; the first is 1, the last block_size
 
+  [[nodiscard]] int32_t max_batch() const { return batch_decoder ? batch_decoder->batch : 1; }
   [[nodiscard]] const GraphSpec& graph(GraphKind kind, int32_t tokens) const;
 };
 

@@ -1,7 +1,9 @@
-// The ONNX Runtime backend, CPU: one arena of host memory a session, bound once to every graph that it runs.
+// The ONNX Runtime backend, CPU: one arena of host memory a session or a batch, bound once to every graph that it runs.
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <new>
@@ -35,6 +37,58 @@ ort::ElementType element_type(Dtype dtype) {
   }
 }
 
+uint64_t take(uint64_t& end, uint64_t nbytes) {
+  const uint64_t offset = end;
+  end += (nbytes + kAlignment - 1) / kAlignment * kAlignment;
+  return offset;
+}
+
+// Zeroed memory. Pages that calloc takes from the system are zero, and cost nothing until they are used.
+class Arena {
+ public:
+  explicit Arena(uint64_t nbytes) : memory_(std::calloc(nbytes + kAlignment, 1), std::free) {
+    if (memory_ == nullptr) throw std::bad_alloc();
+  }
+  static uint64_t nbytes(uint64_t nbytes) { return nbytes + kAlignment; }
+
+  [[nodiscard]] uint8_t* data() const {
+    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory_.get()) + kAlignment - 1) / kAlignment *
+                                      kAlignment);
+  }
+
+ private:
+  std::unique_ptr<void, void (*)(void*)> memory_;
+};
+
+// K, V or accumulated scores: past_*.{layer}...
+bool is_cache(const TensorSpec& t) { return t.name.rfind("past_", 0) == 0 && t.name.find('.') != std::string::npos; }
+
+bool is_score(const TensorSpec& cache) { return cache.shape.size() == 3; }
+
+// The tensor that goes with one of the cache: {prefix}.{layer}... for K and V, {score_prefix}.{layer} for scores.
+std::string counterpart(const TensorSpec& cache, const char* prefix, const char* score_prefix) {
+  return (is_score(cache) ? score_prefix : prefix) + cache.name.substr(cache.name.find('.'));
+}
+
+// Adds what a forward of n tokens gave, `source` (H_kv, width, d) or (H_kv, C + width), to the columns from `length` on
+// of `state`, a tensor of the cache.
+void append_columns(const Manifest& m, const TensorSpec& cache, uint8_t* state, const uint8_t* source, int32_t width,
+                    int32_t n, int32_t length) {
+  const auto capacity = static_cast<uint64_t>(m.capacity);
+  const uint64_t column = cache.nbytes() / static_cast<uint64_t>(m.num_kv_heads) / capacity;
+  const uint64_t new_columns = static_cast<uint64_t>(width) + (is_score(cache) ? capacity : 0);
+  const uint64_t offset = static_cast<uint64_t>(length) * column;
+  for (int32_t head = 0; head < m.num_kv_heads; ++head) {
+    uint8_t* to = state + static_cast<uint64_t>(head) * capacity * column;
+    const uint8_t* from = source + static_cast<uint64_t>(head) * new_columns * column;
+    if (is_score(cache)) {  // every old column has a new score too
+      std::memcpy(to, from, offset);
+      from += capacity * column;
+    }
+    std::memcpy(to + offset, from, static_cast<uint64_t>(n) * column);
+  }
+}
+
 // Where each tensor lies in an executor's arena. There are two sets of state: a fusion reads one and writes the other.
 struct Layout {
   enum class Set { kShared, kCurrent, kOther };
@@ -51,10 +105,8 @@ struct Layout {
     for (const TensorSpec& t : m.state) {
       if (is_cache(t)) places[t.name] = {take(set_bytes, t.nbytes()), Set::kCurrent};
     }
-    for (const TensorSpec& t : m.graph(GraphKind::kFusion, 1).outputs) {  // present.* is past_key_values.* afterwards
-      const size_t dot = t.name.find('.');
-      const std::string past = (t.name[dot - 1] == 't' ? "past_key_values" : "past_scores") + t.name.substr(dot);
-      places[t.name] = {places.at(past).offset, Set::kOther};
+    for (const TensorSpec& t : m.state) {  // present.* is past_key_values.* after a fusion
+      if (is_cache(t)) places[counterpart(t, "present", "present_scores")] = {places.at(t.name).offset, Set::kOther};
     }
     total_bytes = 2 * set_bytes;
     for (const int32_t width : m.widths) {
@@ -70,22 +122,34 @@ struct Layout {
 
  private:
   std::map<std::string, uint64_t> widest;  // bytes of a tensor in the widest graph that has it
+};
 
-  static bool is_cache(const TensorSpec& t) {
-    return t.name.rfind("past_", 0) == 0 && t.name.find('.') != std::string::npos;
-  }
+// Where each tensor lies in a batch's arena, by name of graph input or output: all rows of the decoder's, one of the
+// fusion's output, which is copied to its row afterwards. The rows' logits come last, (max_batch, vocab_size) float32:
+// what the decoder writes covers all rows, those that rest included.
+struct BatchLayout {
+  std::unordered_map<std::string, uint64_t> places;
+  uint64_t logits = 0;
+  uint64_t total_bytes = 0;
 
-  static uint64_t take(uint64_t& end, uint64_t nbytes) {
-    const uint64_t offset = end;
-    end += (nbytes + kAlignment - 1) / kAlignment * kAlignment;
-    return offset;
+  explicit BatchLayout(const Manifest& m) {
+    if (!m.batch_decoder) return;
+    const GraphSpec& decoder = *m.batch_decoder;
+    for (const auto* list : {&decoder.inputs, &decoder.outputs, &m.graph(GraphKind::kFusion, 1).outputs}) {
+      for (const TensorSpec& t : *list) places[t.name] = take(total_bytes, t.nbytes());
+    }
+    logits = take(total_bytes, decoder.outputs.front().nbytes());
   }
 };
 
 class OrtBackend final : public Backend {
  public:
   OrtBackend(const Manifest& manifest, const BackendOptions& options)
-      : manifest_(manifest), layout_(manifest), runtime_(Runtime::get(options)) {
+      : manifest_(manifest),
+        stored_(manifest.state.begin() + 2, manifest.state.end()),
+        layout_(manifest),
+        batch_layout_(manifest),
+        runtime_(Runtime::get(options)) {
     ort::MemoryInfo* info = nullptr;
     runtime_.check(runtime_.api().CreateCpuMemoryInfo(ort::kDeviceAllocator, ort::kDefaultMemory, &info),
                    "describe memory");
@@ -104,13 +168,19 @@ class OrtBackend final : public Backend {
   }
 
   std::unique_ptr<Executor> create_executor() override;
-  [[nodiscard]] uint64_t executor_bytes() const override { return layout_.total_bytes + kAlignment; }
+  [[nodiscard]] uint64_t executor_bytes() const override { return Arena::nbytes(layout_.total_bytes); }
   [[nodiscard]] const std::vector<int32_t>& widths() const override { return manifest_.widths; }
+  [[nodiscard]] int32_t max_batch() const override { return manifest_.max_batch(); }
+  [[nodiscard]] uint64_t batch_bytes() const override {
+    return max_batch() > 1 ? Arena::nbytes(batch_layout_.total_bytes) : 0;
+  }
+  std::unique_ptr<BatchExecutor> create_batch() override;
 
   [[nodiscard]] const Manifest& manifest() const { return manifest_; }
+  // The state less position and past_length: logits, then the cache.
+  [[nodiscard]] const std::vector<TensorSpec>& stored() const { return stored_; }
   [[nodiscard]] const Layout& layout() const { return layout_; }
-  [[nodiscard]] const Runtime& runtime() const { return runtime_; }
-  [[nodiscard]] const ort::RunOptions* run_options() const { return run_options_.get(); }
+  [[nodiscard]] const BatchLayout& batch_layout() const { return batch_layout_; }
 
   // The loaded graph. All but the single-token ones are loaded when first needed: a short prompt never pays for a
   // block.
@@ -127,6 +197,16 @@ class OrtBackend final : public Backend {
     return it->second.get();
   }
 
+  [[nodiscard]] Owner<ort::IoBinding> new_binding(ort::Session* session) const {
+    ort::IoBinding* raw = nullptr;
+    runtime_.check(runtime_.api().CreateIoBinding(session, &raw), "create a binding");
+    return {raw, runtime_.api().ReleaseIoBinding};
+  }
+
+  void run(ort::Session* session, const ort::IoBinding* binding) const {
+    runtime_.check(runtime_.api().RunWithBinding(session, run_options_.get(), binding), "run a graph");
+  }
+
   void bind(ort::IoBinding* binding, const TensorSpec& t, bool is_input, void* data) const {
     const ort::Api& api = runtime_.api();
     ort::Value* raw = nullptr;
@@ -140,7 +220,9 @@ class OrtBackend final : public Backend {
 
  private:
   const Manifest& manifest_;
+  const std::vector<TensorSpec> stored_;
   const Layout layout_;
+  const BatchLayout batch_layout_;
   const Runtime& runtime_;
   Owner<ort::MemoryInfo> memory_info_{nullptr, nullptr};
   Owner<ort::RunOptions> run_options_{nullptr, nullptr};
@@ -148,28 +230,56 @@ class OrtBackend final : public Backend {
   std::unordered_map<std::string, Owner<ort::Session>> sessions_;  // by file
 };
 
-class OrtExecutor final : public Executor {
+// A graph bound to memory of ours: bound once, then reused, so that nothing is allocated for a token.
+struct Bound {
+  ort::Session* session = nullptr;
+  Owner<ort::IoBinding> binding{nullptr, nullptr};
+};
+
+// The state of one sequence: in an arena of its own, or in a row of a batch.
+class OrtSequence : public Executor {
+ public:
+  explicit OrtSequence(const OrtBackend& backend) : stored_(backend.stored()) {}
+
+  void read_state(uint8_t* bytes) override {
+    for (size_t i = 0; i < stored_.size(); bytes += stored_[i++].nbytes()) {
+      std::memcpy(bytes, address(i), stored_[i].nbytes());
+    }
+  }
+
+  void write_state(const uint8_t* bytes) override {
+    for (size_t i = 0; i < stored_.size(); bytes += stored_[i++].nbytes()) {
+      std::memcpy(address(i), bytes, stored_[i].nbytes());
+    }
+  }
+
+  void copy_from(Executor& other) override {
+    const auto& source = static_cast<const OrtSequence&>(other);
+    for (size_t i = 0; i < stored_.size(); ++i) std::memcpy(address(i), source.address(i), stored_[i].nbytes());
+  }
+
+ protected:
+  // Of OrtBackend::stored()[i].
+  [[nodiscard]] virtual uint8_t* address(size_t i) const = 0;
+
+  const std::vector<TensorSpec>& stored_;
+};
+
+class OrtExecutor final : public OrtSequence {
  public:
   explicit OrtExecutor(OrtBackend& backend)
-      : backend_(backend),
+      : OrtSequence(backend),
+        backend_(backend),
         m_(backend.manifest()),
-        memory_(std::calloc(backend.layout().total_bytes + kAlignment, 1), std::free),
-        arena_(aligned(memory_.get())),
+        arena_(backend.layout().total_bytes),
         input_ids_(shared<int32_t>("input_ids")),
         position_ids_(shared<int32_t>("position_ids")),
         past_length_(shared<int32_t>("past_length")),
         num_tokens_(m_.block_size > 1 ? shared<int32_t>("num_tokens") : nullptr),
         logits_(shared<float>("logits")) {
-    for (size_t i = 2; i < m_.state.size(); ++i) {  // past position and past_length: logits, then the cache
-      const TensorSpec& t = m_.state[i];
-      state_.push_back({backend_.layout().places.at(t.name), t.nbytes()});
-      if (t.shape.size() < 3) continue;
-      const bool is_score = t.shape.size() == 3;
-      const std::string tail = t.name.substr(t.name.find('.'));
-      const uint64_t column_bytes =
-          is_score ? sizeof(float) : static_cast<uint64_t>(m_.head_dim) * dtype_bytes(m_.dtype);
-      appended_.push_back({state_.back().place, shared<uint8_t>((is_score ? "scores" : "new_key_values") + tail),
-                           column_bytes, is_score});
+    for (const TensorSpec& t : stored_) {
+      places_.push_back(backend_.layout().places.at(t.name));
+      sources_.push_back(is_cache(t) ? shared<uint8_t>(counterpart(t, "new_key_values", "scores")) : nullptr);
     }
   }
 
@@ -194,21 +304,8 @@ class OrtExecutor final : public Executor {
   }
 
   void append(const Forward& f, int32_t length) override {
-    const auto capacity = static_cast<uint64_t>(m_.capacity);
-    for (const Appended& a : appended_) {
-      const uint64_t column = a.column_bytes;
-      uint8_t* state = address(a.place);  // (H_kv, C, ...)
-      const uint64_t new_columns = static_cast<uint64_t>(f.width) + (a.is_score ? capacity : 0);
-      for (int32_t head = 0; head < m_.num_kv_heads; ++head) {
-        uint8_t* to = state + static_cast<uint64_t>(head) * capacity * column;
-        const uint8_t* from = a.source + static_cast<uint64_t>(head) * new_columns * column;
-        const uint64_t offset = static_cast<uint64_t>(length) * column;
-        if (a.is_score) {  // (H_kv, C + width): every old column has a new score too
-          std::memcpy(to, from, offset);
-          from += capacity * column;
-        }
-        std::memcpy(to + offset, from, static_cast<uint64_t>(f.n) * column);
-      }
+    for (size_t i = 1; i < stored_.size(); ++i) {
+      append_columns(m_, stored_[i], address(i), sources_[i], f.width, f.n, length);
     }
   }
 
@@ -220,116 +317,203 @@ class OrtExecutor final : public Executor {
   const float* logits() override { return logits_; }
 
   void reset() override {
-    std::memset(arena_, 0, backend_.layout().total_bytes);
+    std::memset(arena_.data(), 0, backend_.layout().total_bytes);
     current_ = 0;
-  }
-
-  void read_state(uint8_t* bytes) override {
-    for (const StateTensor& t : state_) {
-      std::memcpy(bytes, address(t.place), t.nbytes);
-      bytes += t.nbytes;
-    }
-  }
-
-  void write_state(const uint8_t* bytes) override {
-    for (const StateTensor& t : state_) {
-      std::memcpy(address(t.place), bytes, t.nbytes);
-      bytes += t.nbytes;
-    }
-  }
-
-  void copy_from(Executor& other) override {
-    const auto& source = static_cast<const OrtExecutor&>(other);
-    for (const StateTensor& t : state_) std::memcpy(address(t.place), source.address(t.place), t.nbytes);
   }
 
  private:
   using Place = Layout::Place;
-  struct StateTensor {
-    Place place;
-    uint64_t nbytes;
-  };
-  struct Appended {  // a state tensor that grows with a forward, and the forward's output that it grows by
-    Place place;
-    const uint8_t* source;
-    uint64_t column_bytes;
-    bool is_score;
-  };
 
-  // Pages that calloc takes from the system are zero, and cost nothing until they are used.
-  static uint8_t* aligned(void* memory) {
-    if (memory == nullptr) throw std::bad_alloc();
-    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory) + kAlignment - 1) / kAlignment * kAlignment);
-  }
-
-  [[nodiscard]] uint8_t* address(const Place& place) const { return address(place, current_); }
-  [[nodiscard]] uint8_t* address(const Place& place, int current) const {
-    const int set = place.set == Layout::Set::kCurrent ? current : place.set == Layout::Set::kOther ? 1 - current : 0;
-    return arena_ + place.offset + static_cast<uint64_t>(set) * backend_.layout().set_bytes;
+  [[nodiscard]] uint8_t* address(size_t i) const override { return address(places_[i]); }
+  [[nodiscard]] uint8_t* address(const Place& place) const {
+    const int set = place.set == Layout::Set::kCurrent ? current_ : place.set == Layout::Set::kOther ? 1 - current_ : 0;
+    return arena_.data() + place.offset + static_cast<uint64_t>(set) * backend_.layout().set_bytes;
   }
   template <typename T>
   [[nodiscard]] T* shared(const std::string& name) const {
-    return reinterpret_cast<T*>(arena_ + backend_.layout().places.at(name).offset);
+    return reinterpret_cast<T*>(arena_.data() + backend_.layout().places.at(name).offset);
   }
 
-  [[nodiscard]] Owner<ort::IoBinding> new_binding(ort::Session* session) const {
-    ort::IoBinding* raw = nullptr;
-    backend_.runtime().check(backend_.runtime().api().CreateIoBinding(session, &raw), "create a binding");
-    return {raw, backend_.runtime().api().ReleaseIoBinding};
-  }
-
-  // Bound once for each graph and set of state, then reused: nothing is allocated for a token.
+  // One binding for each graph and set of state.
   void run(GraphKind kind, int32_t width) {
     const auto key = std::make_pair(kind, width * 2 + current_);
     auto it = bound_.find(key);
     if (it == bound_.end()) {
       const GraphSpec& spec = m_.graph(kind, width);
       ort::Session* session = backend_.session(spec);
-      Bound bound{session, new_binding(session)};
+      Bound bound{session, backend_.new_binding(session)};
       const auto& places = backend_.layout().places;
       for (const TensorSpec& t : spec.inputs) backend_.bind(bound.binding.get(), t, true, address(places.at(t.name)));
       for (const TensorSpec& t : spec.outputs) backend_.bind(bound.binding.get(), t, false, address(places.at(t.name)));
       it = bound_.emplace(key, std::move(bound)).first;
     }
-    run(it->second.session, it->second.binding.get());
+    backend_.run(it->second.session, it->second.binding.get());
   }
 
   // Logits of every row of hidden_states, [1, B, hidden] -> (B, vocab_size); rows behind the last forward's are stale.
   void project(float* logits) {
     const GraphSpec& spec = m_.graph(GraphKind::kLmHead, m_.block_size);
     ort::Session* session = backend_.session(spec);
-    const Owner<ort::IoBinding> binding = new_binding(session);
+    const Owner<ort::IoBinding> binding = backend_.new_binding(session);
     backend_.bind(binding.get(), spec.inputs[0], true, shared<uint8_t>("hidden_states"));
     backend_.bind(binding.get(), spec.outputs[0], false, logits);
-    run(session, binding.get());
+    backend_.run(session, binding.get());
   }
-
-  void run(ort::Session* session, const ort::IoBinding* binding) const {
-    const Runtime& runtime = backend_.runtime();
-    runtime.check(runtime.api().RunWithBinding(session, backend_.run_options(), binding), "run a graph");
-  }
-
-  struct Bound {
-    ort::Session* session;
-    Owner<ort::IoBinding> binding;
-  };
 
   OrtBackend& backend_;
   const Manifest& m_;
-  std::unique_ptr<void, void (*)(void*)> memory_;
-  uint8_t* arena_;         // in it, aligned
-  int32_t* input_ids_;     // [1, B]
-  int32_t* position_ids_;  // [1]
-  int32_t* past_length_;   // [1]
-  int32_t* num_tokens_;    // [1]
-  float* logits_;          // [1, vocab_size]
-  int current_ = 0;        // the set of state that is live
-  std::vector<StateTensor> state_;
-  std::vector<Appended> appended_;
+  Arena arena_;
+  int32_t* input_ids_;             // [1, B]
+  int32_t* position_ids_;          // [1]
+  int32_t* past_length_;           // [1]
+  int32_t* num_tokens_;            // [1]
+  float* logits_;                  // [1, vocab_size]
+  int current_ = 0;                // the set of state that is live
+  std::vector<Place> places_;      // of stored_
+  std::vector<uint8_t*> sources_;  // of stored_: what a forward gives a tensor of the cache
   std::map<std::pair<GraphKind, int32_t>, Bound> bound_;
 };
 
 std::unique_ptr<Executor> OrtBackend::create_executor() { return std::make_unique<OrtExecutor>(*this); }
+
+// --- batches ---------------------------------------------------------------------------------------------------------
+
+// A row of a batch, as a state; its tokens are read by the batch.
+class OrtRow final : public OrtSequence {
+ public:
+  // addresses: of stored().
+  OrtRow(const OrtBackend& backend, std::vector<uint8_t*> addresses)
+      : OrtSequence(backend), addresses_(std::move(addresses)) {}
+
+  void forward(const Forward& /*f*/, const int32_t* /*ids*/, int64_t /*position*/, int32_t /*length*/,
+               float* /*all_logits*/) override {
+    refuse();
+  }
+  void append(const Forward& /*f*/, int32_t /*length*/) override { refuse(); }
+  void fuse(const Forward& /*f*/, int32_t /*length*/) override { refuse(); }
+  const float* logits() override { return reinterpret_cast<const float*>(addresses_[0]); }
+  void reset() override {
+    for (size_t i = 0; i < stored_.size(); ++i) std::memset(addresses_[i], 0, stored_[i].nbytes());
+  }
+
+  [[nodiscard]] uint8_t* address(size_t i) const override { return addresses_[i]; }
+
+ private:
+  [[noreturn]] static void refuse() { fail(LOCOCO_ERROR_INTERNAL, "a row of a batch was run alone"); }
+
+  std::vector<uint8_t*> addresses_;
+};
+
+class OrtBatch final : public BatchExecutor {
+ public:
+  explicit OrtBatch(OrtBackend& backend)
+      : backend_(backend),
+        m_(backend.manifest()),
+        stored_(backend.stored()),
+        arena_(backend.batch_layout().total_bytes),
+        input_ids_(reinterpret_cast<int32_t*>(place("input_ids"))),
+        position_ids_(reinterpret_cast<int32_t*>(place("position_ids"))),
+        past_length_(reinterpret_cast<int32_t*>(place("past_length"))),
+        logits_(place("logits")),
+        decoder_(bound(*m_.batch_decoder, 0)),
+        fusions_(static_cast<size_t>(m_.max_batch())) {
+    for (int32_t row = 0; row < m_.max_batch(); ++row) {
+      std::vector<uint8_t*> addresses;
+      for (const TensorSpec& t : stored_) {
+        uint8_t* rows = is_cache(t) ? place(t.name) : arena_.data() + backend.batch_layout().logits;
+        addresses.push_back(rows + offset(t, row));
+      }
+      rows_.emplace_back(backend, std::move(addresses));
+    }
+    for (const TensorSpec& t : stored_) {
+      if (!is_cache(t)) continue;
+      const uint64_t column = t.nbytes() / static_cast<uint64_t>(m_.capacity);  // of all heads
+      columns_.push_back({place(counterpart(t, "new_key_values", "scores")), is_score(t) ? t.nbytes() + column : column,
+                          place(counterpart(t, "present", "present_scores"))});
+    }
+  }
+
+  void forward(const std::vector<Step>& steps) override {
+    const auto rows = static_cast<size_t>(m_.max_batch());
+    std::fill_n(input_ids_, rows, 0);
+    std::fill_n(position_ids_, rows, 0);
+    std::fill_n(past_length_, rows, 0);  // a row that rests sees its own token alone
+    for (const Step& s : steps) {
+      input_ids_[s.row] = s.id;
+      position_ids_[s.row] = static_cast<int32_t>(s.position);
+      past_length_[s.row] = s.length;
+    }
+    backend_.run(decoder_.session, decoder_.binding.get());
+  }
+
+  void append(const Step& s) override {
+    const OrtRow& row = rows_[static_cast<size_t>(s.row)];
+    for (size_t i = 1; i < stored_.size(); ++i) {
+      const Columns& c = columns_[i - 1];
+      append_columns(m_, stored_[i], row.address(i), c.source + static_cast<uint64_t>(s.row) * c.row_bytes, 1, 1,
+                     s.length);
+    }
+    take_logits(s);
+  }
+
+  void fuse(const Step& s) override {
+    Bound& fusion = fusions_[static_cast<size_t>(s.row)];
+    if (fusion.session == nullptr) fusion = bound(m_.graph(GraphKind::kFusion, 1), s.row);
+    backend_.run(fusion.session, fusion.binding.get());
+    const OrtRow& row = rows_[static_cast<size_t>(s.row)];
+    for (size_t i = 1; i < stored_.size(); ++i) {
+      std::memcpy(row.address(i), columns_[i - 1].fused, stored_[i].nbytes());
+    }
+    take_logits(s);
+  }
+
+  Executor& row(int32_t row) override { return rows_[static_cast<size_t>(row)]; }
+
+ private:
+  struct Columns {          // of a tensor of the cache
+    const uint8_t* source;  // what a forward gives
+    uint64_t row_bytes;     // of source
+    const uint8_t* fused;   // what a fusion gives one row
+  };
+
+  [[nodiscard]] uint8_t* place(const std::string& name) const {
+    return arena_.data() + backend_.batch_layout().places.at(name);
+  }
+  // Of a row, from the tensor's first; t is what one sequence has.
+  static uint64_t offset(const TensorSpec& t, int32_t row) { return static_cast<uint64_t>(row) * t.nbytes(); }
+
+  // Inputs from `row` on, outputs at their beginning.
+  [[nodiscard]] Bound bound(const GraphSpec& spec, int32_t row) const {
+    ort::Session* session = backend_.session(spec);
+    Bound bound{session, backend_.new_binding(session)};
+    for (const TensorSpec& t : spec.inputs) {
+      backend_.bind(bound.binding.get(), t, true, place(t.name) + offset(t, row));
+    }
+    for (const TensorSpec& t : spec.outputs) backend_.bind(bound.binding.get(), t, false, place(t.name));
+    return bound;
+  }
+
+  void take_logits(const Step& s) {
+    std::memcpy(rows_[static_cast<size_t>(s.row)].address(0), logits_ + offset(stored_[0], s.row), stored_[0].nbytes());
+  }
+
+  OrtBackend& backend_;
+  const Manifest& m_;
+  const std::vector<TensorSpec>& stored_;
+  Arena arena_;            // zero: rows that rest are computed too
+  int32_t* input_ids_;     // [N, 1]
+  int32_t* position_ids_;  // [N]
+  int32_t* past_length_;   // [N]
+  const uint8_t* logits_;  // [N, vocab_size] float32
+  Bound decoder_;
+  std::vector<Bound> fusions_;  // of the rows, made when first needed
+  std::deque<OrtRow> rows_;
+  std::vector<Columns> columns_;  // of stored_[1...]
+};
+
+std::unique_ptr<BatchExecutor> OrtBackend::create_batch() {
+  return max_batch() > 1 ? std::make_unique<OrtBatch>(*this) : nullptr;
+}
 
 }  // namespace
 

@@ -300,6 +300,11 @@ void Pool::release(Session& session) {
     fail(LOCOCO_ERROR_BUSY, "session \"%s\": in use by another thread; release it when that is done",
          it->second->first.c_str());
   }
+  if (session.batch() != nullptr) {
+    session.busy = false;
+    fail(LOCOCO_ERROR_BUSY, "session \"%s\": in a batch; remove it from the batch, then release it",
+         it->second->first.c_str());
+  }
   Node& node = *it->second;
   if (session.dead) {
     drop_session(node);

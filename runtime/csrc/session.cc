@@ -38,12 +38,33 @@ Session::Session(std::shared_ptr<Model> model)
     : model_(std::move(model)),
       m_(model_->manifest),
       cadence_(m_.mem_size, m_.capacity, model_->backend->widths()),
-      executor_(model_->backend->create_executor()),
+      own_(model_->backend->create_executor()),
+      executor_(own_.get()),
       sampler_(m_.vocab_size),
       token_counts_(m_.vocab_size),
       window_(static_cast<size_t>(executor_->window())) {}
 
+void Session::check_alone() const {
+  if (batch_ != nullptr) {
+    fail(LOCOCO_ERROR_BUSY, "session: in a batch, which reads its tokens; remove it from the batch first");
+  }
+}
+
+void Session::enter_batch(Batch& batch, int32_t row, Executor& state) {
+  state.copy_from(*own_);
+  executor_ = &state;
+  batch_ = &batch;
+  row_ = row;
+}
+
+void Session::leave_batch() {
+  if (!dead) own_->copy_from(*executor_);
+  executor_ = own_.get();
+  batch_ = nullptr;
+}
+
 void Session::reset() {
+  check_alone();
   executor_->reset();
   token_counts_.clear();
   position_ = 0;
@@ -88,10 +109,7 @@ void Session::read_tokens(const int32_t* ids, size_t n, float* all_logits, bool 
     } else {
       executor_->append(f, length_);
     }
-    length_ = f.after;
-    position_ += f.n;
-    ++(f.n == 1 ? steps_ : blocks_);
-    fusions_ += f.fuses ? 1 : 0;
+    advance(f);
     ids += f.n;
     n -= static_cast<size_t>(f.n);
     if (all_logits != nullptr) all_logits += static_cast<size_t>(f.n) * static_cast<size_t>(m_.vocab_size);
@@ -104,6 +122,18 @@ void Session::read_tokens(const int32_t* ids, size_t n, float* all_logits, bool 
 
 void Session::fail_cancelled() const {
   fail(LOCOCO_ERROR_CANCELLED, "session: cancelled at position %lld", static_cast<long long>(position_));
+}
+
+void Session::stepped(const Forward& f, int32_t id) {
+  token_counts_.read(&id, 1, position_);
+  advance(f);
+}
+
+void Session::advance(const Forward& f) {
+  length_ = f.after;
+  position_ += f.n;
+  ++(f.n == 1 ? steps_ : blocks_);
+  fusions_ += f.fuses ? 1 : 0;
 }
 
 template <typename F>
@@ -128,6 +158,7 @@ bool Session::read_window(F&& accept) {
 }
 
 void Session::prefill(const int32_t* ids, size_t n, float* all_logits) {
+  check_alone();
   check_readable(ids, n);
   if (all_logits != nullptr && !model_->backend->has_all_logits()) {
     fail(LOCOCO_ERROR_UNSUPPORTED,
@@ -167,6 +198,7 @@ void Session::logprobs(int32_t id, int32_t n, float* logprob, int32_t* top_ids, 
 
 int32_t Session::generate(const lococo_sampling_params& params, int32_t max_tokens, lococo_token_fn on_token,
                           void* user) {
+  check_alone();
   if (max_tokens < 0) fail(LOCOCO_ERROR_INVALID_ARGUMENT, "max_tokens: expected at least 0, got %d", max_tokens);
   if (max_tokens > kMaxPosition - position_) {
     fail(LOCOCO_ERROR_INVALID_ARGUMENT, "max_tokens: expected at most %lld at position %lld, got %d; reset the session",
@@ -227,6 +259,7 @@ void Session::state_set(const uint8_t* buffer, size_t size) {
 }
 
 void Session::adopt(const uint8_t* payload) {
+  check_alone();
   executor_->write_state(payload + 16);
   std::memcpy(token_counts_.data(), payload + m_.state_bytes - token_counts_.nbytes(), token_counts_.nbytes());
   position_ = load_int64(payload);

@@ -21,6 +21,8 @@ struct Model {
   [[nodiscard]] uint64_t session_bytes() const;
 };
 
+class Batch;
+
 class Session {
  public:
   explicit Session(std::shared_ptr<Model> model);
@@ -52,14 +54,24 @@ class Session {
   void save(const std::string& path);
   void load(const std::string& path);
 
+  // For a batch: moves the state to a row of it, and back; what the next forward is; that it has read `id`.
+  void enter_batch(Batch& batch, int32_t row, Executor& state);
+  void leave_batch();
+  [[nodiscard]] Batch* batch() const { return batch_; }  // NULL: in none
+  [[nodiscard]] int32_t row() const { return row_; }
+  void check_readable(const int32_t* ids, size_t n) const;
+  [[noreturn]] void fail_cancelled() const;
+  [[nodiscard]] Forward next_step() const { return cadence_.next(length_, 1); }
+  void stepped(const Forward& f, int32_t id);
+
   std::atomic<bool> busy{false};       // a thread is inside
   std::atomic<bool> cancelled{false};  // no further forward
   bool dead = false;                   // a backend error left the state unknown
 
  private:
-  void check_readable(const int32_t* ids, size_t n) const;
   void check_not_empty() const;
-  [[noreturn]] void fail_cancelled() const;
+  void check_alone() const;
+  void advance(const Forward& f);
   void read_tokens(const int32_t* ids, size_t n, float* all_logits, bool cancellable = true);
   // Chooses and reads a window of tokens; `accept` gets each and returns false to stop before it is read.
   template <typename F>
@@ -70,7 +82,10 @@ class Session {
   std::shared_ptr<Model> model_;
   const Manifest& m_;
   Cadence cadence_;
-  std::unique_ptr<Executor> executor_;
+  std::unique_ptr<Executor> own_;
+  Executor* executor_;  // own_, or the row of a batch
+  Batch* batch_ = nullptr;
+  int32_t row_ = 0;
   Sampler sampler_;
   TokenCounts token_counts_;     // state, as K and V are
   std::vector<int32_t> window_;  // tokens of a window, empty if the backend offers none

@@ -46,6 +46,7 @@ typedef struct lococo_model lococo_model;     /* an opened bundle: weights and g
 typedef struct lococo_session lococo_session; /* one sequence: slots, cursor, last logits */
 typedef struct lococo_stops lococo_stops;     /* stop strings, and the text that may become one of them */
 typedef struct lococo_pool lococo_pool;       /* many sessions by name, a few of them in memory */
+typedef struct lococo_batch lococo_batch;     /* sessions that are stepped together */
 
 /* What a call came to; lococo_last_error() has the text. */
 typedef enum lococo_status {
@@ -56,15 +57,15 @@ typedef enum lococo_status {
   LOCOCO_ERROR_VERSION = 4,          /* a schema version this library does not know */
   LOCOCO_ERROR_UNSUPPORTED = 5,      /* a device, backend or dtype that is not available here */
   LOCOCO_ERROR_STATE_MISMATCH = 6,   /* a state of another bundle */
-  LOCOCO_ERROR_BUSY = 7,             /* the session, or the pool's directory, is in use elsewhere */
-  LOCOCO_ERROR_DEAD = 8,             /* an earlier backend error left the session unusable: reset or load it */
-  LOCOCO_ERROR_IO = 9,               /* the operating system refused a read or a write */
-  LOCOCO_ERROR_NO_SPACE = 10,        /* the disk is full */
-  LOCOCO_ERROR_OUT_OF_MEMORY = 11,   /* memory could not be had */
-  LOCOCO_ERROR_BACKEND = 12,         /* ONNX Runtime (or another backend) failed; the message carries its text */
-  LOCOCO_ERROR_INTERNAL = 13,        /* a defect of this library */
-  LOCOCO_ERROR_POOL_FULL = 14,       /* every session that the pool's budget allows is acquired */
-  LOCOCO_ERROR_CANCELLED = 15,       /* lococo_session_cancel stopped it */
+  LOCOCO_ERROR_BUSY = 7,           /* the session, or the pool's directory, is in use elsewhere; or it is in a batch */
+  LOCOCO_ERROR_DEAD = 8,           /* an earlier backend error left the session unusable: reset or load it */
+  LOCOCO_ERROR_IO = 9,             /* the operating system refused a read or a write */
+  LOCOCO_ERROR_NO_SPACE = 10,      /* the disk is full */
+  LOCOCO_ERROR_OUT_OF_MEMORY = 11, /* memory could not be had */
+  LOCOCO_ERROR_BACKEND = 12,       /* ONNX Runtime (or another backend) failed; the message carries its text */
+  LOCOCO_ERROR_INTERNAL = 13,      /* a defect of this library */
+  LOCOCO_ERROR_POOL_FULL = 14,     /* every session that the pool's budget allows is acquired */
+  LOCOCO_ERROR_CANCELLED = 15,     /* lococo_session_cancel stopped it */
 } lococo_status;
 
 /* Zero-initialise, set struct_size = sizeof(lococo_options), then what you need. NULL and 0 mean the default. */
@@ -89,8 +90,10 @@ typedef struct lococo_model_info {
   int32_t mem_size;       /* M: slots left by a fusion */
   int32_t capacity;       /* M + buffer: the most slots that are live between calls */
   int32_t block_size;     /* B: the most tokens of one forward */
+  int32_t max_batch;      /* sessions that one batch steps together; 1: lococo_batch_create is refused */
   uint64_t state_bytes;   /* bytes of one state: what state_get writes, less its header */
   uint64_t session_bytes; /* all memory a session keeps for itself, buffers for one forward included */
+  uint64_t batch_bytes;   /* all memory a batch keeps beside that of its sessions */
   const char* bundle_id;  /* 64 hex digits */
   const char* dtype;      /* "float32", "float16", "bfloat16" */
 } lococo_model_info;
@@ -263,6 +266,30 @@ LOCOCO_API lococo_status lococo_stops_push(lococo_stops* stops, const char* text
 LOCOCO_API lococo_status lococo_stops_finish(lococo_stops* stops, const char** out, size_t* out_size);
 /* Forgets the text; the strings stay. */
 LOCOCO_API lococo_status lococo_stops_reset(lococo_stops* stops);
+
+/* --- batches: sessions stepped together -------------------------------------------------------------------------- */
+
+/* A bundle exported with --batch N (lococo_model_info.max_batch) steps up to N sessions in one forward, which reads the
+ * weights once for all of them. Sessions join and leave at any time and stand wherever they stand. While a session is
+ * in a batch, everything that only looks at it works as ever: logits, sample, position, state_get, save, clone. What
+ * would change it (prefill, step, generate, reset, state_set, load) is refused with LOCOCO_ERROR_BUSY.
+ * A session's numbers depend neither on its place in the batch nor on the other sessions; beside those of
+ * lococo_session_step they differ by rounding. A cancelled session is not stepped: the call is refused. A batch belongs
+ * to one thread at a time, as a session does. */
+
+LOCOCO_API lococo_status lococo_batch_create(lococo_model* model, lococo_batch** out);
+/* The sessions in it go on alone. Nothing happens, but for a line in the log, while one of them is in use. */
+LOCOCO_API void lococo_batch_destroy(lococo_batch* batch);
+/* Copies the session's state into the batch. Refused if max_batch sessions are in it, or if the session is in a batch.
+ * A session that is destroyed leaves its batch. */
+LOCOCO_API lococo_status lococo_batch_add(lococo_batch* batch, lococo_session* session);
+/* Copies the state back; the session goes on alone. */
+LOCOCO_API lococo_status lococo_batch_remove(lococo_batch* batch, lococo_session* session);
+/* Reads ids[i] in sessions[i], i < n: some or all sessions of the batch, each at most once; the others rest. Everything
+ * is checked before any of them reads. No failure makes a session dead: after LOCOCO_ERROR_BACKEND each has either read
+ * its token or stands where it stood, as lococo_session_position says; after any other error none has read. */
+LOCOCO_API lococo_status lococo_batch_step(lococo_batch* batch, lococo_session* const* sessions, const int32_t* ids,
+                                           size_t n);
 
 /* --- state: constant size, at any position ------------------------------------------------------------------------ */
 

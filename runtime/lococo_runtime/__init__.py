@@ -1,7 +1,7 @@
 """Runs lococo bundles: numpy and the standard library over our C library.
 
-`Session` appends tokens and reads logits; `LLM` adds text; `Model` shares weights between sessions; `SessionPool` keeps
-many of them, most on disk.
+`Session` appends tokens and reads logits; `LLM` adds text; `Model` shares weights between sessions; `Batch` steps them
+together; `SessionPool` keeps many of them, most on disk.
 """
 
 from ._exceptions import (
@@ -32,6 +32,7 @@ from ._exceptions import (
     VerificationError,
     VersionError,
 )
+from .batch import Batch, BatchOutput, generate_many
 from .bundle import LococoConfig, Manifest, read_manifest
 from .chat import Chat
 from .completion import AsyncCompletionStream, CompletionBuilder, CompletionChunk, CompletionOutput, CompletionStream
@@ -45,6 +46,8 @@ __all__ = [
     "LLM",
     "AsyncCompletionStream",
     "BackendError",
+    "Batch",
+    "BatchOutput",
     "BusyError",
     "CancelledError",
     "Chat",
@@ -86,5 +89,6 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "VersionError",
+    "generate_many",
     "read_manifest",
 ]

@@ -60,8 +60,10 @@ class ModelInfo(ctypes.Structure):
         ("mem_size", c_int32),
         ("capacity", c_int32),
         ("block_size", c_int32),
+        ("max_batch", c_int32),
         ("state_bytes", c_uint64),
         ("session_bytes", c_uint64),
+        ("batch_bytes", c_uint64),
         ("bundle_id", c_char_p),
         ("dtype", c_char_p),
     )
@@ -171,6 +173,11 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lococo_pool_find": (c_int, (c_void_p, c_char_p, POINTER(c_int))),
     "lococo_pool_list": (c_int, (c_void_p, PlaceFn, c_void_p)),
     "lococo_pool_get_info": (c_int, (c_void_p, POINTER(PoolInfo))),
+    "lococo_batch_create": (c_int, (c_void_p, POINTER(c_void_p))),
+    "lococo_batch_destroy": (None, (c_void_p,)),
+    "lococo_batch_add": (c_int, (c_void_p, c_void_p)),
+    "lococo_batch_remove": (c_int, (c_void_p, c_void_p)),
+    "lococo_batch_step": (c_int, (c_void_p, POINTER(c_void_p), _IDS, c_size_t)),
 }
 
 

@@ -45,6 +45,7 @@ ACTIVATIONS = ("none", "relu", "silu", "gelu", "tanh")
 DECAY_UNITS = ("forward", "token")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
+MAX_BATCH = 1024
 
 MAX_DIM = 1 << 24
 """The most of one axis of the model or the cache, as in the C library; a damaged file cannot ask for more memory."""
@@ -241,17 +242,21 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One ONNX file. kind: "decoder" (a forward of up to `tokens` tokens), "fusion" (what may follow it), "lm_head"."""
+    """One ONNX file. kind: "decoder" (a forward of up to `tokens` tokens), "fusion" (what may follow it), "lm_head".
+
+    batch: sequences that it reads tokens of; more than 1 only for the decoder that steps a batch of sessions.
+    """
 
     kind: str
     tokens: int
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    batch: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.kind}_{self.tokens}"
+        return f"{self.kind}_{self.tokens}" + (f"_batch_{self.batch}" if self.batch > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -284,6 +289,11 @@ class Manifest:
     @property
     def state_bytes(self) -> int:
         return sum(t.nbytes for t in self.state)
+
+    @property
+    def max_batch(self) -> int:
+        """Sessions that can be stepped together, 1 if the bundle was exported without `--batch`."""
+        return max((g.batch for g in self.graphs), default=1)
 
     @property
     def bundle_id(self) -> str:
@@ -321,6 +331,7 @@ class Manifest:
                     "name": g.name,
                     "kind": g.kind,
                     "tokens": g.tokens,
+                    **({"batch": g.batch} if g.batch > 1 else {}),
                     "file": g.file,
                     "inputs": [_tensor_json(t) for t in g.inputs],
                     "outputs": [_tensor_json(t) for t in g.outputs],
@@ -366,6 +377,7 @@ class Manifest:
                         _of_type(str, g["file"]),
                         tuple(_tensor_from(t) for t in g["inputs"]),
                         tuple(_tensor_from(t) for t in g["outputs"]),
+                        g.get("batch", 1),
                     )
                     for g in d["graphs"]
                 ),
@@ -450,43 +462,39 @@ def forward_widths(block_size: int) -> tuple[int, ...]:
     return tuple(sorted({1, min(32, block_size), block_size}))
 
 
+def check_batch(batch: int) -> int:
+    """Returns `batch` if a bundle can step that many sessions together."""
+    if not (type(batch) is int and 1 <= batch <= MAX_BATCH):
+        raise InvalidArgumentError(f"batch: expected 1 (no batched graph) to {MAX_BATCH} sessions, got {batch!r}")
+    return batch
+
+
 def graph_specs(model: ModelGeometry, cache: LococoConfig, dtype: str, batch: int) -> tuple[GraphSpec, ...]:
-    """Every graph of a bundle with its inputs and outputs; docs/bundle.md explains them."""
+    """Every graph of a bundle with its inputs and outputs; docs/bundle.md explains them.
+
+    All are of one sequence; a `batch` of more than 1 adds a decoder of one token that steps as many at once.
+    """
     specs: list[GraphSpec] = []
-    length = TensorSpec("past_length", (batch,), "int32")
-    state_kv = cache_tensors("past_key_values", model, batch, cache.capacity, dtype)
-    past_scores = score_tensors("past_scores", model, batch, cache.capacity) if cache.score_decay > 0 else []
+    length = TensorSpec("past_length", (1,), "int32")
+    state_kv = cache_tensors("past_key_values", model, 1, cache.capacity, dtype)
     for width in forward_widths(cache.block_size):
-        num_tokens = [TensorSpec("num_tokens", (batch,), "int32")] if width > 1 else []
-        new_kv = cache_tensors("new_key_values", model, batch, width, dtype)
-        scores = score_tensors("scores", model, batch, cache.capacity + width)
-        hidden = [TensorSpec("hidden_states", (batch, width, model.hidden_size), dtype)] if width > 1 else []
-        specs.append(
-            GraphSpec(
-                "decoder",
-                width,
-                f"decoder_{width}.onnx",
-                (
-                    TensorSpec("input_ids", (batch, width), "int32"),
-                    TensorSpec("position_ids", (batch,), "int32"),
-                    length,
-                    *num_tokens,
-                    *state_kv,
-                    *past_scores,
-                ),
-                (TensorSpec("logits", (batch, model.vocab_size), "float32"), *hidden, *new_kv, *scores),
-            )
-        )
+        num_tokens = [TensorSpec("num_tokens", (1,), "int32")] if width > 1 else []
+        specs.append(_decoder_spec(model, cache, dtype, 1, width))
         specs.append(
             GraphSpec(
                 "fusion",
                 width,
                 f"fusion_{width}.onnx",
                 # after a single-token step a fusion always sees capacity + 1 live slots, so it needs no lengths
-                (*([length, *num_tokens] if width > 1 else []), *state_kv, *new_kv, *scores),
                 (
-                    *cache_tensors("present", model, batch, cache.capacity, dtype),
-                    *(score_tensors("present_scores", model, batch, cache.capacity) if cache.score_decay > 0 else []),
+                    *([length, *num_tokens] if width > 1 else []),
+                    *state_kv,
+                    *cache_tensors("new_key_values", model, 1, width, dtype),
+                    *score_tensors("scores", model, 1, cache.capacity + width),
+                ),
+                (
+                    *cache_tensors("present", model, 1, cache.capacity, dtype),
+                    *(score_tensors("present_scores", model, 1, cache.capacity) if cache.score_decay > 0 else []),
                 ),
             )
         )
@@ -497,11 +505,37 @@ def graph_specs(model: ModelGeometry, cache: LococoConfig, dtype: str, batch: in
                 "lm_head",
                 width,
                 f"lm_head_{width}.onnx",
-                (TensorSpec("hidden_states", (batch, width, model.hidden_size), dtype),),
-                (TensorSpec("logits", (batch, width, model.vocab_size), "float32"),),
+                (TensorSpec("hidden_states", (1, width, model.hidden_size), dtype),),
+                (TensorSpec("logits", (1, width, model.vocab_size), "float32"),),
             )
         )
+    if batch > 1:
+        specs.append(_decoder_spec(model, cache, dtype, batch, 1))
     return tuple(specs)
+
+
+def _decoder_spec(model: ModelGeometry, cache: LococoConfig, dtype: str, batch: int, width: int) -> GraphSpec:
+    hidden = [TensorSpec("hidden_states", (batch, width, model.hidden_size), dtype)] if width > 1 else []
+    return GraphSpec(
+        "decoder",
+        width,
+        f"decoder_{width}_batch_{batch}.onnx" if batch > 1 else f"decoder_{width}.onnx",
+        (
+            TensorSpec("input_ids", (batch, width), "int32"),
+            TensorSpec("position_ids", (batch,), "int32"),
+            TensorSpec("past_length", (batch,), "int32"),
+            *([TensorSpec("num_tokens", (batch,), "int32")] if width > 1 else []),
+            *cache_tensors("past_key_values", model, batch, cache.capacity, dtype),
+            *(score_tensors("past_scores", model, batch, cache.capacity) if cache.score_decay > 0 else []),
+        ),
+        (
+            TensorSpec("logits", (batch, model.vocab_size), "float32"),
+            *hidden,
+            *cache_tensors("new_key_values", model, batch, width, dtype),
+            *score_tensors("scores", model, batch, cache.capacity + width),
+        ),
+        batch,
+    )
 
 
 # --- reading and publishing ----------------------------------------------------------------------------------------

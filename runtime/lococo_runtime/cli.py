@@ -209,6 +209,7 @@ def describe(manifest: Manifest) -> str:
         ("policy", c.policy),
         ("slots", f"{c.mem_size} after a fusion: {slots}; a fusion fires above {c.capacity}"),
         ("block", f"{c.block_size} tokens"),
+        *([("batch", f"{manifest.max_batch} sessions stepped together")] if manifest.max_batch > 1 else []),
         *([("fusion", f"{c.num_conv_layers} conv, kernel {c.kernel_size}, {c.activation}")] if c.num_mixed else []),
         ("state", f"{manifest.state_bytes:,} bytes a session, at any context length"),
         ("files", f"{len(manifest.files)}, {total:,} bytes"),

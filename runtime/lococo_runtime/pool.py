@@ -121,7 +121,8 @@ class SessionPool(_Handle):
         return PooledSession(self, session_id, handle)
 
     def release(self, session: PooledSession) -> None:
-        """Gives a session back; it is closed then. A dead one is dropped: what was written last stands.
+        """Gives a session back; it leaves its batch and is closed then. A dead one is dropped: what was written last
+        stands.
 
         Raises:
             InvalidArgumentError: a session that is not this pool's.
@@ -129,6 +130,8 @@ class SessionPool(_Handle):
         """
         if not isinstance(session, PooledSession) or session._pool is not self:
             raise InvalidArgumentError("session: expected one acquired from this pool")
+        if session._batch is not None:
+            session._batch.remove(session)
         c.call("lococo_pool_release", self._open(), session._open())
         session._handle = ctypes.c_void_p()
 

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from . import _c_api as c
 from ._exceptions import ClosedError, DeadSessionError, EmptyPromptError, InvalidArgumentError, TokenIdError
 from .bundle import Manifest, read_manifest
 from .sampling import SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from .batch import Batch
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
@@ -91,6 +94,8 @@ class Model(_Handle):
         self.vocab_size: int = info.vocab_size
         self.state_bytes: int = info.state_bytes
         self.session_bytes: int = info.session_bytes
+        self.max_batch: int = info.max_batch
+        self.batch_bytes: int = info.batch_bytes
         self._lock = threading.Lock()
         self._open_sessions = 0
         self._closing = False
@@ -123,6 +128,8 @@ class Session(_Handle):
     Raises:
         see `Model`.
     """
+
+    _batch: Batch | None = None
 
     def __init__(self, bundle: str | os.PathLike[str] | Model, device: str = "cpu", **options: Any) -> None:
         self._handle = ctypes.c_void_p()
@@ -235,9 +242,7 @@ class Session(_Handle):
     def _generate(self, params: SamplingParams, logprobs: list[TokenLogprobs] | None) -> Iterator[int]:
         native = self._native(params)
         token = ctypes.c_int32()
-        ends = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends.update(self.model.manifest.model.eos_token_ids)
+        ends = self._ends(params)
         for i in range(params.max_tokens):
             c.call("lococo_session_sample", self._open(), ctypes.byref(native), ctypes.byref(token))
             if logprobs is not None:
@@ -248,6 +253,10 @@ class Session(_Handle):
                 return
             if i + 1 < params.max_tokens:
                 c.call("lococo_session_step", self._open(), last)
+
+    def _ends(self, params: SamplingParams) -> set[int]:
+        """The tokens that end generation."""
+        return {*params.stop_token_ids, *(() if params.ignore_eos else self.model.manifest.model.eos_token_ids)}
 
     def generate_all(
         self, ids: TokenIds, params: SamplingParams | None = None, *, logprobs: list[TokenLogprobs] | None = None
@@ -401,6 +410,8 @@ class Session(_Handle):
         if self._handle:
             with contextlib.suppress(DeadSessionError):
                 _ = self.position
+            if self._batch is not None:
+                self._batch.remove(self)
             with self.model._lock:
                 handle, self._handle = self._handle, ctypes.c_void_p()
             c.library().lococo_session_destroy(handle)
@@ -420,7 +431,7 @@ def _as_ids(ids: TokenIds) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(array, np.int32)
 
 
-def check_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int32]:
+def check_ids(ids: TokenIds, vocab_size: int, name: str = "ids") -> npt.NDArray[np.int32]:
     """Token ids as the C core takes them.
 
     Raises:
@@ -428,10 +439,10 @@ def check_ids(ids: TokenIds, vocab_size: int) -> npt.NDArray[np.int32]:
     """
     array = _as_ids(ids)
     if array.size == 0:
-        raise EmptyPromptError("ids: expected at least one token, got none")
+        raise EmptyPromptError(f"{name}: expected at least one token, got none")
     wrong = array[(array < 0) | (array >= vocab_size)]
     if wrong.size:
         raise TokenIdError(
-            f"ids: expected token ids from 0 to {vocab_size - 1}, got {wrong[0]}; is this the bundle's tokenizer?"
+            f"{name}: expected token ids from 0 to {vocab_size - 1}, got {wrong[0]}; is this the bundle's tokenizer?"
         )
     return array

@@ -34,7 +34,7 @@ def entry(path: str) -> FileEntry:
 
 
 def main() -> None:
-    graphs = graph_specs(MODEL, CACHE, "float16", 1)
+    graphs = graph_specs(MODEL, CACHE, "float16", 2)
     files = [*(entry(g.file) for g in graphs), entry("model.onnx.data"), entry("tokenizer/tokenizer.json")]
     manifest = Manifest("test", MODEL, CACHE, "float16", 1, graphs, tuple(files), None, {})
     (HERE / "data" / "lococo.json").write_text(manifest.to_json(), encoding="utf-8")

@@ -496,6 +496,75 @@ void cancelling() {
   REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "NULL", lococo_session_cancel(nullptr, 1));
 }
 
+// Sessions of several lengths in one batch, each against a twin that runs alone.
+void batching() {
+  CHECK(info.max_batch >= 3);  // scripts/ctest exports with --batch
+  CHECK(info.batch_bytes > static_cast<uint64_t>(info.max_batch) * info.state_bytes);
+  lococo_batch* batch = nullptr;
+  OK(lococo_batch_create(model, &batch));
+  Session a;
+  Session b;
+  Session c;
+  prefill(a, tokens(5));
+  prefill(b, tokens(info.block_size + 3, 2));
+  lococo_session* raw = nullptr;
+  OK(lococo_session_clone(a, &raw));
+  const Session alone_a(raw);
+  OK(lococo_session_clone(b, &raw));
+  const Session alone_b(raw);
+  OK(lococo_batch_add(batch, a));
+  OK(lococo_batch_add(batch, b));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "this one", lococo_batch_add(batch, a));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "none", lococo_batch_remove(batch, c));
+  REFUSED(LOCOCO_ERROR_BUSY, "batch", lococo_session_step(a, 1));
+  REFUSED(LOCOCO_ERROR_BUSY, "batch", lococo_session_reset(a));
+  lococo_session* both[] = {a, b};
+  lococo_session* strange[] = {a, c};
+  lococo_session* twice[] = {a, a};
+  const int32_t outside[] = {1, info.vocab_size};
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "session 1 of 2", lococo_batch_step(batch, both, outside, 2));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "session 1 of 2", lococo_batch_step(batch, strange, outside, 2));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "once", lococo_batch_step(batch, twice, outside, 2));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "at most", lococo_batch_step(batch, both, outside, 100));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "at least one", lococo_batch_step(batch, both, outside, 0));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "NULL", lococo_batch_step(batch, nullptr, outside, 1));
+  CHECK_EQ(a.position(), 5);
+  for (int i = 0; i < 3 * (info.capacity - info.mem_size + 1); ++i) {
+    int32_t ids[2];
+    int32_t expected[2];
+    OK(lococo_session_sample(a, nullptr, &ids[0]));
+    OK(lococo_session_sample(b, nullptr, &ids[1]));
+    OK(lococo_session_sample(alone_a, nullptr, &expected[0]));
+    OK(lococo_session_sample(alone_b, nullptr, &expected[1]));
+    CHECK_EQ(ids[0], expected[0]);
+    CHECK_EQ(ids[1], expected[1]);
+    OK(lococo_session_step(alone_b, ids[1]));
+    if (i % 3 == 0) {  // a rests
+      OK(lococo_batch_step(batch, both + 1, ids + 1, 1));
+      continue;
+    }
+    OK(lococo_session_step(alone_a, ids[0]));
+    OK(lococo_batch_step(batch, both, ids, 2));
+  }
+  CHECK_EQ(a.position(), alone_a.position());
+  CHECK_EQ(b.live(), alone_b.live());
+  {
+    Session leaves;
+    prefill(leaves, tokens(2));
+    OK(lococo_batch_add(batch, leaves));
+    lococo_session* one[] = {leaves};
+    OK(lococo_batch_step(batch, one, outside, 1));
+  }  // destroyed: its row is free again
+  prefill(c, tokens(1));
+  OK(lococo_batch_add(batch, c));
+  OK(lococo_batch_remove(batch, a));
+  OK(lococo_session_step(a, 1));
+  lococo_batch_destroy(batch);  // b and c go on alone
+  OK(lococo_session_step(b, 1));
+  OK(lococo_session_reset(c));
+  lococo_batch_destroy(nullptr);
+}
+
 void dying(const TempDir& dir) {
   const Session s;
   prefill(s, tokens(4));
@@ -667,6 +736,7 @@ int main() {
     refusing_states(dir);
     busy();
     cancelling();
+    batching();
     dying(dir);
     pooling(dir);
     lococo_model_close(model);

@@ -39,6 +39,9 @@ void reads(const TempDir& dir) {
   CHECK_EQ(m.state.size(), 6u);
   CHECK_EQ(m.state_bytes, 8u + 8 + 11 * 4 + 2 * (2 * 6 * 2 * 2) + 2 * 6 * 4 + 11 * 4);
   CHECK_EQ(m.graph(lococo::GraphKind::kLmHead, 3).file, "lm_head_3.onnx");
+  CHECK_EQ(m.max_batch(), 2);
+  CHECK_EQ(m.batch_decoder->file, "decoder_1_batch_2.onnx");
+  CHECK_EQ(m.graph(lococo::GraphKind::kDecoder, 1).file, "decoder_1.onnx");
   CHECK_EQ(lococo::to_hex(m.bundle_digest), m.bundle_id);
 }
 
@@ -78,6 +81,13 @@ void refuses(const TempDir& dir) {
   const size_t files = original.find("  \"files\": [");
   expect(dir, corrupt, {"decoder of 1 token"},
          original.substr(0, graphs) + "\"graphs\": [],\n" + original.substr(files));
+  for (const char* value : {"1", "0", "1025", "2.0", "null"}) {
+    expect(dir, corrupt, {"an integer from 2 to 1024"}, replaced("\"batch\": 2", std::string("\"batch\": ") + value));
+  }
+  expect(dir, corrupt, {"tensor"}, replaced("\"batch\": 2", "\"batch\": 3"));
+  const size_t batched = original.rfind("    {", original.find("\"decoder_1_batch_2\""));
+  const std::string graph = original.substr(batched, original.rfind("\n  ],", files) - batched);
+  expect(dir, corrupt, {"at most one"}, original.substr(0, batched) + graph + ",\n" + original.substr(batched));
   for (const char* path : {"/etc/passwd", "../x", "a/../../x", "a//b", "./a", "", "a/", "..", "a\\\\b", "a\\u0000b"}) {
     expect(dir, corrupt, {"inside the bundle"},
            replaced("\"path\": \"tokenizer/tokenizer.json\"", std::string("\"path\": \"") + path + "\""));
