@@ -347,7 +347,8 @@ def test_reference_steps_are_the_reference(bundle: Path, checkpoint: Path, quick
     expected = ReferenceSession(model)
     with torch.no_grad():
         for compiled in (False, True):
-            steps = _ReferenceSteps(torch, model, 0, compiled)
+            steps = _ReferenceSteps(torch, model, compiled)
+            steps.start(0)
             expected.state, token = model.empty_state(), 0
             for _ in range(60):
                 steps()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lococo_export.reference import LococoState, ReferenceModel
 
-SECONDS = 10.0  # repetitions end after this, but not before the second
+SECONDS = 5.0  # repetitions end after this, but not before the first
 CHUNK = 4096  # tokens read at once on the way to a depth
 KEPT = (
     *("build_commit", "version", "cpu_info", "gpu_info", "driver_version", "cuda_version", "power_mode", "clocks"),
@@ -89,6 +89,7 @@ class Against:
         }
         self.reference = ReferenceModel(checkpoint_of(manifest, checkpoint), self.dtype, self.name)
         self.transformers = self._load_transformers(checkpoint)
+        self.reference_steps: dict[str, _ReferenceSteps] = {}
 
     def run(self, plan: Plan) -> Iterator[Row]:
         """Rows of every implementation: prompts into an empty cache, generation at every depth."""
@@ -96,8 +97,8 @@ class Against:
             for implementation in ("reference-eager", "transformers-dynamic"):
                 self.progress(f"{implementation}: {n} tokens of prompt")
                 yield self._row(implementation, 0, self._prompt(implementation, n, plan.repetitions))
-        for depth in plan.n_depth:
-            for implementation in DECODED:
+        for implementation in DECODED:
+            for depth in plan.n_depth:
                 if implementation.startswith("transformers") and depth > self.max_depth:
                     self.progress(f"{implementation}: depth {depth} is left out: more than {self.max_depth}")
                     continue
@@ -140,12 +141,15 @@ class Against:
 
     def _decode(self, implementation: str, n: int, depth: int, repetitions: int) -> Row:
         self._reset_memory()
-        self.torch.compiler.reset()  # another depth may be another shape, which must not become a dynamic one
         steps: _ReferenceSteps | None = None
         # no_grad, not inference_mode: compiled code writes to tensors that were made here
         with self.torch.no_grad():
             if implementation.startswith("reference"):
-                steps = _ReferenceSteps(self.torch, self.reference, depth, implementation.endswith("compile"))
+                if implementation not in self.reference_steps:  # compiling takes a minute, and serves every depth
+                    compiled = implementation.endswith("compile")
+                    self.reference_steps[implementation] = _ReferenceSteps(self.torch, self.reference, compiled)
+                steps = self.reference_steps[implementation]
+                steps.start(depth)
                 step: Callable[[], object] = steps
             elif implementation == "transformers-dynamic":
                 step = self._transformers_steps(self.transformers, self._dynamic_cache(), depth)
@@ -181,6 +185,7 @@ class Against:
     def _static_steps(self, depth: int, tokens: int) -> Callable[[], object]:
         from transformers import StaticCache
 
+        self.torch.compiler.reset()  # another depth is another shape, which must not become a dynamic one
         cache = StaticCache(config=self.transformers.config, max_cache_len=max(depth, 1) + tokens)
         compiled = self.torch.compile(self.transformers.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
         return self._transformers_steps(compiled, cache, depth)
@@ -206,9 +211,9 @@ class Against:
         return ids
 
     def _repeat(self, call: Callable[[], object], repetitions: int) -> list[int]:
-        """Nanoseconds: of a warm-up, then of the repetitions that fit into the time, two at least."""
+        """Nanoseconds: of a warm-up, then of the repetitions that fit into the time, one at least."""
         samples = [self.clock.ns(call)]
-        while len(samples) <= repetitions and (len(samples) < 3 or sum(samples[1:]) < SECONDS * 1e9):
+        while len(samples) <= repetitions and (len(samples) < 2 or sum(samples[1:]) < SECONDS * 1e9):
             samples.append(self.clock.ns(call))
         return samples
 
@@ -231,17 +236,14 @@ class Against:
 
 
 class _ReferenceSteps:
-    """Greedy steps of the reference model from a state with full slots at `depth`; empty at depth 0."""
+    """Greedy steps of the reference model."""
 
-    def __init__(self, torch: Any, model: ReferenceModel, depth: int, compiled: bool) -> None:
+    def __init__(self, torch: Any, model: ReferenceModel, compiled: bool) -> None:
         self.torch, self.model = torch, model
         self.capacity, self.mem_size = model.cache.capacity, model.cache.mem_size
-        self.live = min(depth, self.mem_size)
-        empty = model.empty_state()
+        self.live = 0
         # every tensor on its own: compiled steps write into them
-        self.state = self._rebuild([t.clone() for t in self._flatten(empty)])
-        self.state.length.fill_(self.live)
-        self.state.position.fill_(depth)
+        self.state = self._rebuild([t.clone() for t in self._flatten(model.empty_state())])
         self.ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self.compiled: dict[bool, Any] = {}
         if compiled:
@@ -249,6 +251,15 @@ class _ReferenceSteps:
                 torch._dynamo.mark_static_address(tensor)
             for fuse in (False, True):
                 self.compiled[fuse] = torch.compile(self._in_place(fuse), mode="reduce-overhead", dynamic=False)
+
+    def start(self, depth: int) -> None:
+        """At a position, with as many live slots as there may be; their contents do not matter to the time."""
+        self.live = min(depth, self.mem_size)
+        for tensor in self._flatten(self.state):
+            tensor.zero_()
+        self.state.length.fill_(self.live)
+        self.state.position.fill_(depth)
+        self.ids.zero_()
 
     def __call__(self) -> None:
         """One step."""
