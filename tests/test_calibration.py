@@ -18,7 +18,7 @@ from lococo_calibration.blocks import (
     plan_forwards,
     read_uncompressed,
 )
-from lococo_calibration.evaluate import check_contexts, perplexity_rows, read_forwards, window_nll
+from lococo_calibration.evaluate import PolicySession, check_contexts, perplexity_rows, read_forwards, window_nll
 from lococo_calibration.heads import TrainableHead, initial_heads
 from lococo_calibration.losses import Losses
 from lococo_calibration.settings import FitSettings, TrainingPlan, training_plan
@@ -102,6 +102,16 @@ def test_reads_as_the_reference(base: Checkpoint, windows: np.ndarray, name: str
         [h for _, h in read_forwards(model, policy_of(model), torch.from_numpy(windows), 8, step_from)], 1
     )
     torch.testing.assert_close(model.lm_head(hidden), torch.cat(expected, 1), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_session_goes_on_as_the_reference(base: Checkpoint, windows: np.ndarray, name: str) -> None:
+    model = with_heads(base, CACHES[name])
+    mine, reference = PolicySession(model, policy_of(model), 8), ReferenceSession(model, len(windows))
+    for a, b in ((0, 21), (21, 22), (22, 23), (23, 40), (40, 41)):
+        ids = torch.from_numpy(windows[:, a:b])
+        expected = reference.prefill(ids, return_all=True)
+        torch.testing.assert_close(mine.read(ids), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_full_cache_is_one_causal_forward(base: Checkpoint, windows: np.ndarray) -> None:

@@ -434,6 +434,16 @@ def test_passkey_prompts(model: Path) -> None:
         passkey_prompts(tokenizer, 50, [0.0], trials=1, seed=0)
 
 
+def test_needles_in_documents(model: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    documents = [[i] * 500 for i in (1, 2)]
+    prompts = passkey_prompts(tokenizer, 300, [0.0, 1.0], trials=2, seed=0, haystack=documents)
+    assert [len(p.ids) for p in prompts] == [300] * 4
+    assert [p.ids.count(1) > 50 for p in prompts] == [True, False, True, False]
+    with pytest.raises(InvalidArgumentError, match="expected documents of"):
+        passkey_prompts(tokenizer, 300, [0.0], trials=1, seed=0, haystack=[[1] * 20])
+
+
 def test_passkey_is_greedy_decoding(fitted: Path) -> None:
     """Answers made by greedy decoding count as right, and any other token makes them wrong; in the runtime too."""
     reference = ReferenceModel(load_checkpoint(fitted))
@@ -573,3 +583,73 @@ def test_model_card(fitted: Path) -> None:
     assert "M = 12" in card
     assert "5 of 4 windows of 64 tokens, seed 0" in card
     assert all(d["name"] in card for d in record["trained_on"])
+
+
+# --- plots, and tasks of lm-evaluation-harness ------------------------------------------------------------------------
+
+
+def test_plots(fitted: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["--model", str(fitted), "--text", str(text), "--contexts", "32", "64", "--windows", "2",
+                 "--passkey", "340", "--needle", "300", "--passkey-trials", "1", "--cache-dir", str(tmp_path),
+                 "--plots", str(tmp_path / "plots")]  # fmt: skip
+    assert eval_main(arguments) == 0
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == [
+        "passkey.png", "passkey.svg", "perplexity.png", "perplexity.svg"
+    ]  # fmt: skip
+    assert "lococo M=12 block" in (tmp_path / "plots" / "perplexity.svg").read_text()
+
+
+class Request:
+    """What the harness asks."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+
+def test_harness_model_scores_and_generates(fitted: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from lococo_calibration.harness import LococoLM
+
+    lm = LococoLM.load(fitted)
+    reference = ReferenceSession(ReferenceModel(load_checkpoint(fitted)))
+    context, continuation = "abcd efgh " * 5 + "abcd", " efgh"
+    ids = [LETTERS.index(c) for c in context + continuation]
+    logits = reference.prefill(ids[:-1], return_all=True)[0, len(context) - 1 :]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[len(context) :])[:, None]).sum()
+    score, greedy = lm.loglikelihood([Request(context, continuation)], disable_tqdm=True)[0]
+    assert score == pytest.approx(float(expected), abs=1e-4)
+    assert greedy == bool((logits.argmax(-1) == torch.tensor(ids[len(context) :])).all())
+    reference = ReferenceSession(reference.model)
+    logits = reference.prefill([LETTERS.index(c) for c in context])
+    found = ""
+    for _ in range(12):
+        found += LETTERS[int(logits.argmax())]
+        logits = reference.step(int(logits.argmax()))
+    # this tokenizer puts a space between tokens
+    whole = lm.generate_until([Request(context, {"max_gen_toks": 12, "until": []})])[0]
+    assert whole == " ".join(found)
+    stop = found[4]
+    until = lm.generate_until([Request(context, {"max_gen_toks": 12, "until": [stop]})])
+    assert until == [whole.split(stop)[0]]
+    with pytest.raises(InvalidArgumentError, match="sampling"):
+        lm.generate_until([Request(context, {"do_sample": True})])
+
+
+@pytest.mark.skipif(not os.environ.get("LOCOCO_RULER"), reason="makes RULER's data for a minute; set LOCOCO_RULER=1")
+@pytest.mark.filterwarnings("ignore")
+def test_a_ruler_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """niah_single_1 makes its data here, with the model's tokenizer, for all policies side by side."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("wonderwords")
+    make_model(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    arguments = ["--model", str(tmp_path / "model"), "--tasks", "niah_single_1", "--task-lengths", "1024",
+                 "--task-limit", "1", "--block-size", "512", "--mem-size", "64"]  # fmt: skip
+    assert eval_main([*arguments, "--json", str(tmp_path / "out.json")]) == 0, capsys.readouterr().err
+    rows = json.loads((tmp_path / "out.json").read_text())["tasks"]
+    assert [(r["policy"], r["task"], r["metric"]) for r in rows] == [
+        (policy, "niah_single_1", "1024") for policy in ("full", "h2o", "streaming")
+    ]
+    assert all(0 <= r["value"] <= 1 for r in rows)

@@ -98,8 +98,13 @@ def eval_main(argv: Sequence[str] | None = None) -> int:
     add("--regimes", nargs="+", choices=("block", "step"), default=["block"], help="step reads token by token")
     add("--windows", type=int, default=16, metavar="N", help="of the longest context, in turn from all documents (16)")
     add("--passkey", nargs="+", type=int, default=[], metavar="T", help="contexts to hide a pass key in")
+    add("--needle", nargs="+", type=int, default=[], metavar="T", help="contexts to hide it in, within --text")
     add("--passkey-depths", type=int, default=5, metavar="N", help="places from start to end (5)")
     add("--passkey-trials", type=int, default=4, metavar="N", help="keys at each place (4)")
+    add("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-evaluation-harness, such as niah_single_1")
+    add("--task-lengths", nargs="+", type=int, default=[4096], metavar="T", help="contexts of RULER's tasks (4096)")
+    add("--task-limit", type=int, metavar="N", help="examples of a task (default: all)")
+    add("--plots", type=Path, metavar="DIR", help="draw perplexity over context and pass keys over depth")
     add("--seed", type=int, default=0, help="of the pass keys")
     add("--batch", type=int, default=8, metavar="N", help="windows read at once (8)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="on PyTorch (fp32)")
@@ -113,8 +118,10 @@ def eval_main(argv: Sequence[str] | None = None) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from .report import evaluate
 
-    if not args.text and not args.passkey:
-        raise InvalidArgumentError("expected --text for perplexity, --passkey for retrieval, or both")
+    if args.needle and not args.text:
+        raise InvalidArgumentError("--needle: expected --text, whose documents are the haystack")
+    if not args.text and not args.passkey and not args.tasks:
+        raise InvalidArgumentError("expected --text for perplexity, --passkey for retrieval, --tasks, or several")
     for name in ("windows", "batch", "passkey_depths", "passkey_trials"):
         if getattr(args, name) < 1:
             raise InvalidArgumentError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")

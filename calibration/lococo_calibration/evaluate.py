@@ -46,6 +46,34 @@ def read_forwards(
             reader.compress()
 
 
+class PolicySession:
+    """Sequences that go on as they are read, when their length is not known before: generation.
+
+    Args:
+        block_size: tokens of one forward.
+    """
+
+    def __init__(self, model: ReferenceModel, policy: Policy, block_size: int) -> None:
+        self.policy, self.block_size = policy, block_size
+        self._reader = BlockReader(model, policy)
+        self._live = 0
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor) -> Tensor:
+        """Logits (B, T, V) float32 of ids (B, T)."""
+        policy, reader = self.policy, self._reader
+        logits = []
+        for part in torch.split(ids, self.block_size, 1):
+            n, start = part.shape[1], reader.position
+            fuses = policy.capacity is not None and self._live + n > policy.capacity
+            hidden = reader.read(part, Forward(start, start + n, self._live, False, fuses))
+            logits.append(reader.model.lm_head(hidden).float())
+            self._live = policy.mem_size if fuses else self._live + n
+            if fuses:
+                reader.compress()
+        return torch.cat(logits, 1)
+
+
 def window_nll(
     model: ReferenceModel,
     policy: Policy,
@@ -193,15 +221,24 @@ class PasskeyRow:
     depth: float
     trials: int
     correct: int
+    haystack: str = "filler"  # "filler": sentences that repeat; "text": documents
 
 
 def passkey_prompts(
-    tokenizer: Any, context: int, depths: Sequence[float], trials: int, seed: int
+    tokenizer: Any,
+    context: int,
+    depths: Sequence[float],
+    trials: int,
+    seed: int,
+    haystack: Sequence[Sequence[int]] | None = None,
 ) -> list[PasskeyPrompt]:
     """Prompts of exactly `context` tokens with a random five-digit key (task of arXiv 2305.16300, own wording).
 
+    Args:
+        haystack: tokens of documents to hide the key in, in turn, instead of filler sentences.
+
     Raises:
-        InvalidArgumentError: the context is too short for the question.
+        InvalidArgumentError: the context is too short for the question, or a document is shorter than the context.
     """
 
     def encode(text: str) -> list[int]:
@@ -210,7 +247,7 @@ def passkey_prompts(
 
     rng = np.random.default_rng(seed)
     intro, question, filler = encode(PASSKEY_INTRO), encode(PASSKEY_QUESTION), encode(PASSKEY_FILLER)
-    prompts = []
+    prompts: list[PasskeyPrompt] = []
     for depth in depths:
         for _ in range(trials):
             key = str(rng.integers(10_000, 100_000))
@@ -219,10 +256,14 @@ def passkey_prompts(
             room = context - len(intro) - len(needle) - len(question)
             if room < 0:
                 raise InvalidArgumentError(f"passkey: expected a context of at least {context - room}, got {context}")
-            text = (filler * (room // len(filler) + 1))[:room]
-            # whole sentences before the key
             at = round(depth * room)
-            at = at if at == room else at - at % len(filler)
+            if haystack is None:
+                text = (filler * (room // len(filler) + 1))[:room]
+                at = at if at == room else at - at % len(filler)  # whole sentences before the key
+            else:
+                text = list(haystack[len(prompts) % len(haystack)][:room])
+                if len(text) < room:
+                    raise InvalidArgumentError(f"needle: expected documents of {room} tokens, got {len(text)}")
             prompts.append(PasskeyPrompt([*intro, *text[:at], *needle, *text[at:], *question], answer, depth))
     return prompts
 
@@ -291,9 +332,17 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> str:
 def passkey_table(rows: Sequence[PasskeyRow]) -> str:
     """Markdown: a line a policy and context, a column a depth."""
     depths = sorted({r.depth for r in rows})
-    cells = {((*_label(r), str(r.context)), r.depth): f"{r.correct}/{r.trials}" for r in rows}
-    labels = [(*_label(r), str(r.context)) for r in rows]
-    return _table(["policy", "M", "on", "context"], labels, depths, cells)
+    labels = [(*_label(r), str(r.context), r.haystack) for r in rows]
+    cells = {(x, r.depth): f"{r.correct}/{r.trials}" for x, r in zip(labels, rows, strict=True)}
+    return _table(["policy", "M", "on", "context", "haystack"], labels, depths, cells)
+
+
+def tasks_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line a policy, a column a task and metric."""
+    columns = list(dict.fromkeys(f"{r['task']} {r['metric']}" for r in rows))
+    labels = [(r["policy"], str(r["mem_size"] or "-")) for r in rows]
+    cells = {(x, f"{r['task']} {r['metric']}"): f"{r['value']:.3f}" for x, r in zip(labels, rows, strict=True)}
+    return _table(["policy", "M"], labels, columns, cells)
 
 
 def _table(names: list[str], labels: Sequence[tuple[str, ...]], columns: Sequence[Any], cells: dict[Any, str]) -> str:

@@ -89,7 +89,7 @@ class TunedWeights:
             except ModuleNotFoundError as e:
                 raise UnsupportedError("--lora needs peft: pip install 'lococo-export[fit-all]'") from e
             targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-            config = LoraConfig(r=lora, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules=targets)  # type: ignore[arg-type]
+            config = LoraConfig(r=lora, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules=targets)
             inject_adapter_in_model(config, model.model)
         wanted = {"norms": "norm", "embeddings": "embed_tokens"}
         chosen = [wanted[g] for g in groups]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from lococo_runtime import InvalidArgumentError, Session
-from lococo_runtime._exceptions import ConfigError
+from lococo_runtime._exceptions import ConfigError, UnsupportedError
 from lococo_runtime.bundle import LococoConfig
 
 from lococo_export.checkpoints import HEADS_CONFIG_NAME, Checkpoint, load_checkpoint
@@ -35,6 +35,7 @@ from .evaluate import (
     perplexity_rows,
     perplexity_table,
     session_nll,
+    tasks_table,
     window_nll,
 )
 from .fit import RECORD_NAME
@@ -68,14 +69,23 @@ def evaluate(args: argparse.Namespace, show: Show) -> Report:
         "block_size": block,
     }
     parts: list[str] = []
+    rows: list[PerplexityRow] = []
+    found: list[PasskeyRow] = []
     if args.text:
         rows, about = _perplexity(args, checkpoint, model, policies, block, show)
         document |= {**about, "perplexity": as_json(rows)}
         parts += [perplexity_table(rows), *_agreement(rows)]
-    if args.passkey:
+    if args.passkey or args.needle:
         found = _passkey(args, checkpoint, model, policies, block, show)
         document["passkey"] = as_json(found)
         parts.append(passkey_table(found))
+    if args.tasks:
+        document["tasks"] = _tasks(args, checkpoint, model, policies, block, show)
+        parts.append(tasks_table(document["tasks"]))
+    if args.plots:
+        from .plots import plot
+
+        parts.append("\n".join(str(path) for path in plot(rows, found, args.plots)))
     return Report("\n\n".join(parts), document)
 
 
@@ -197,16 +207,60 @@ def _passkey(
     tokenizer = load_tokenizer(checkpoint.source_dir)
     depths = [round(float(d), 3) for d in np.linspace(0, 1, args.passkey_depths)]
     rows: list[PasskeyRow] = []
-    for context in sorted(set(args.passkey)):
-        prompts = passkey_prompts(tokenizer, context, depths, args.passkey_trials, args.seed)
+    wanted = [(c, "filler") for c in sorted(set(args.passkey))] + [(c, "text") for c in sorted(set(args.needle))]
+    for context, haystack in wanted:
+        texts = None
+        if haystack == "text":
+            corpus, unseen = _corpus(args, checkpoint, show)
+            chosen = choose_windows(corpus, context, args.windows, unseen)
+            texts = [ids.tolist() for ids in corpus.read(chosen, context)]
+        prompts = passkey_prompts(tokenizer, context, depths, args.passkey_trials, args.seed, texts)
         for policy in policies:
             correct = passkey_model(model, policy, prompts, block_size=block, batch=args.batch)
-            what = {"policy": policy.name, "mem_size": policy.mem_size, "backend": "pytorch", "context": context}
-            rows += passkey_rows(prompts, correct, **what)
-            show(f"passkey {context} {policy.name} {policy.mem_size}: {sum(correct)} of {len(correct)}")
+            what = {"policy": policy.name, "mem_size": policy.mem_size, "backend": "pytorch"}
+            rows += passkey_rows(prompts, correct, **what, context=context, haystack=haystack)
+            show(f"key in {haystack}, {context} {policy.name} {policy.mem_size}: {sum(correct)} of {len(correct)}")
         for bundle in args.bundle:
             with Session(bundle) as session:
                 cache, correct = session.model.manifest.cache, passkey_session(session, prompts)
-            what = {"policy": cache.policy, "mem_size": cache.mem_size, "backend": "onnxruntime", "context": context}
-            rows += passkey_rows(prompts, correct, **what)
+            what = {"policy": cache.policy, "mem_size": cache.mem_size, "backend": "onnxruntime"}
+            rows += passkey_rows(prompts, correct, **what, context=context, haystack=haystack)
+    return rows
+
+
+def _tasks(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    model: ReferenceModel,
+    policies: list[Policy],
+    block: int,
+    show: Show,
+) -> list[dict[str, Any]]:
+    """A row for every policy, task and metric of lm-evaluation-harness."""
+    try:
+        from lm_eval import simple_evaluate
+
+        from .harness import LococoLM
+    except ModuleNotFoundError as e:
+        raise UnsupportedError(f"--tasks: {e}; pip install 'lococo-export[fit-all]'") from e
+    metadata = {"pretrained": str(checkpoint.source_dir), "max_seq_lengths": args.task_lengths}
+    rows = []
+    for policy in policies:
+        found = simple_evaluate(
+            LococoLM.of(model, policy, checkpoint.source_dir, block),
+            tasks=args.tasks,
+            limit=args.task_limit,
+            metadata=metadata,
+            bootstrap_iters=0,
+            random_seed=args.seed,
+        )
+        for task, metrics in found["results"].items():
+            for name, value in metrics.items():
+                # RULER's metrics are lengths; it says -1 of those that were not asked for
+                if isinstance(value, (int, float)) and not name.startswith("sample") and value >= 0:
+                    metric = name.removesuffix(",none")
+                    if "stderr" not in metric:
+                        rows.append({"policy": policy.name, "mem_size": policy.mem_size, "task": task,
+                                     "metric": metric, "value": float(value)})  # fmt: skip
+        show(f"{policy.name} {policy.mem_size}: {', '.join(args.tasks)} done")
     return rows
