@@ -3,9 +3,9 @@
     python scripts/fit_heads.py PLAN.toml --model DIR --corpus DIR --out DIR --budget-seconds 480
 
 A plan has a table of settings of lococo-fit for all jobs, and jobs: `[[job]] name, seconds, stages = [{...}, ...]`.
-Each stage fits with its settings for its share of the seconds (steps are counted from a measurement before it, so that
-what came out can be repeated with that number), from the heads of the stage before. A job without stages measures the
-baselines. Every figure is written as soon as it is there: OUT/NAME.json, heads in OUT/NAME/.
+Each stage fits with its settings from the heads of the stage before, for its `steps`, or else for its share of the
+seconds: then steps are counted from a measurement before it, and what came out can be repeated with that number. A job
+without stages measures the baselines. Every figure is written as soon as it is there: OUT/NAME.json, heads in OUT/NAME/.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def fit(job: dict[str, Any], common: dict[str, Any], args: argparse.Namespace, r
             each = run.measure()
         s = run.settings
         mean = sum(each[training_plan(s, k).regime] for k in range(200)) / 200
-        steps = max(1, int(min(seconds, record.left() - 30) / mean))
+        steps = stage.get("steps") or max(1, int(min(seconds, record.left() - 30) / mean))
         run.settings = run.losses.settings = dataclasses.replace(s, steps=steps)
         since = time.time()
         tokens, shown = 0, since

@@ -307,7 +307,8 @@ class Fit:
         except torch.OutOfMemoryError as e:
             raise OutOfMemoryError(
                 f"out of memory on {self.model.device} at step {self.step}: lower --batch (now {s.batch}; raise"
-                f" --accumulate to make up for it), --context (now {s.context}) or --bptt (now {s.bptt})"
+                f" --accumulate to make up for it), --context (now {s.context}), --bptt (now {s.bptt}) or"
+                f" --layers-at-once (now {s.layers_at_once})"
                 + ("; or pass --checkpointing" if s.through_model and not s.checkpointing else "")
             ) from e
         finally:

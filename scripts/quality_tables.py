@@ -1,0 +1,131 @@
+"""Write the tables of docs/quality.md from the figures that scripts/fit_heads.py left in docs/quality/*/*.json.
+
+Each folder is a run. Text between `<!-- RUN -->` and `<!-- end RUN -->` is replaced; everything else is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+BASELINES = ("h2o", "streaming")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def perplexity(rows: list[dict[str, Any]]) -> str:
+    """A line a policy, regime and kind of text; a column a context."""
+    contexts = sorted({r["context"] for r in rows})
+    keys = list(dict.fromkeys((r["job"], r["policy"], r["mem_size"], r["regime"], r["kind"]) for r in rows))
+    keys.sort(key=lambda k: (k[4] != "prose", k[2], k[3]))
+    found = {(r["job"], r["policy"], r["mem_size"], r["regime"], r["kind"], r["context"]): r for r in rows}
+    lines = []
+    for job, policy, m, regime, kind in keys:
+        cells = [found.get((job, policy, m, regime, kind, c)) for c in contexts]
+        name = policy if job == "baselines" else f"{policy} ({job})"
+        figures = [f"{c['perplexity']:.3f}" if c else "" for c in cells]
+        lines.append([kind, str(m or "-"), regime, name, *figures])
+    return table(["text", "M", "read", "policy", *(f"{c:,}" for c in contexts)], lines)
+
+
+def verdicts(rows: list[dict[str, Any]]) -> str:
+    """Every cell against the better baseline: how much of its gap to the full cache is closed."""
+    at = {(r["policy"], r["mem_size"], r["regime"], r["kind"], r["context"]): r["perplexity"]
+          for r in rows if r["job"] == "baselines"}  # fmt: skip
+    lines = []
+    for r in rows:
+        key = (r["mem_size"], r["regime"], r["kind"], r["context"])
+        if r["policy"] != "lococo" or not all((b, *key) in at for b in BASELINES):
+            continue
+        best = min(at[(b, *key)] for b in BASELINES)
+        full = at["full", 0, "block", r["kind"], r["context"]]
+        closed = (best - r["perplexity"]) / (best - full)
+        verdict = "better than both" if r["perplexity"] < best else "FAILS"
+        lines.append([r["job"], r["kind"], str(r["mem_size"]), r["regime"], f"{r['context']:,}", f"{full:.3f}",
+                      f"{best:.3f}", f"{r['perplexity']:.3f}", f"{closed:+.0%}", verdict])  # fmt: skip
+    lines.sort(key=lambda line: (line[0], line[1] != "prose", line[3], int(line[4].replace(",", ""))))
+    head = ["heads", "text", "M", "read", "context", "full", "better baseline", "lococo", "gap closed", ""]
+    return table(head, lines)
+
+
+def passkeys(rows: list[dict[str, Any]]) -> str:
+    keys = list(dict.fromkeys((r["context"], r["mem_size"], r["job"], r["policy"]) for r in rows))
+    lines = []
+    for context, m, job, policy in sorted(keys):
+        mine = [r for r in rows if (r["context"], r["mem_size"], r["job"], r["policy"]) == (context, m, job, policy)]
+        depths = [f"{r['correct']}/{r['trials']}" for r in sorted(mine, key=lambda r: r["depth"])]
+        name = policy if job == "baselines" else f"{policy} ({job})"
+        lines.append([f"{context:,}", str(m or "-"), name, *depths])
+    depths = sorted({r["depth"] for r in rows})
+    return table(["context", "M", "policy", *(f"depth {d:g}" for d in depths)], lines)
+
+
+def speeds(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for r in rows:
+        s = r["settings"]
+        loss = "next token" if s.get("lm_weight") else "distillation" if s.get("distill_weight") else "reconstruction"
+        options = [f"{k}={s[k]}" for k in ("batch", "bptt", "checkpointing", "layers_at_once", "cuda_graphs") if k in s]
+        figures = [r["error"].splitlines()[0], ""] if "error" in r else [f"{r['tokens_per_second']:,.0f}",
+                                                                         f"{r['peak_gib']:.1f}"]  # fmt: skip
+        lines.append([loss, ", ".join(options), *figures])
+    return table(["loss", "settings", "tokens/s", "peak GiB"], lines)
+
+
+def stages(documents: dict[str, Any]) -> str:
+    hidden = ("model", "text", "output", "cache_dir", "eval_every", "held_out", "init_from", "steps", "heads_dtype")
+    lines = []
+    for name, document in documents.items():
+        for number, stage in enumerate(document.get("stages", [])):
+            settings = ", ".join(f"{k}={v}" for k, v in stage["settings"].items() if k not in hidden)
+            cut = document.get("cut_off", "") if number == len(document["stages"]) - 1 else ""
+            lines.append([name, str(number), str(stage["settings"]["steps"]), f"{stage['seconds']:.0f}", settings, cut])
+    return table(["heads", "stage", "steps", "seconds", "settings other than the defaults", ""], lines)
+
+
+def run_tables(folder: Path) -> str:
+    documents = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
+
+    def rows(key: str) -> list[dict[str, Any]]:
+        return [row for document in documents.values() for row in document.get(key, [])]
+
+    parts = [f"Device: {', '.join(sorted({d['device'] for d in documents.values() if 'device' in d}))}."]
+    for title, key, render in (
+        ("Training speed, alone on the device", "speed", speeds),
+        ("Against the better baseline", "perplexity", verdicts),
+        ("Perplexity", "perplexity", perplexity),
+        ("Pass keys found", "passkey", passkeys),
+    ):
+        if rows(key):
+            parts += [f"**{title}.**", render(rows(key))]
+    parts += ["**What was fitted** (jobs ran side by side, so that seconds are not those of a GPU alone).",
+              stages(documents)]  # fmt: skip
+    if rows("left_out"):
+        parts.append(f"No time was left for: {', '.join(map(str, rows('left_out')))}.")
+    unfinished = [name for name, d in documents.items() if "speed" not in d and not d.get("done")]
+    if unfinished:
+        parts.append(f"Cut off before the end: {', '.join(unfinished)}.")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    page = DOCS / "quality.md"
+    text = page.read_text(encoding="utf-8")
+    for folder in sorted(p for p in (DOCS / "quality").iterdir() if p.is_dir()):
+        begin, end = f"<!-- {folder.name} -->", f"<!-- end {folder.name} -->"
+        if begin not in text:
+            raise SystemExit(f"{page}: expected a line {begin}")
+        tables = run_tables(folder)
+        pattern = re.escape(begin) + ".*?" + re.escape(end)
+        text = re.sub(pattern, lambda _, t=tables, b=begin, e=end: f"{b}\n\n{t}\n\n{e}", text, flags=re.S)
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
