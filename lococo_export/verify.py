@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,9 @@ from .checkpoints import Checkpoint, load_checkpoint
 from .onnx_writer import TORCH_DTYPES
 from .reference import ForwardResult, LococoState, ReferenceModel, fuse_slots, join_columns
 from .selection import taken_selection
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,18 @@ def checkpoint_of(manifest: Manifest, path: str | os.PathLike[str], *, allow_pic
     return checkpoint
 
 
-@torch.inference_mode()
+def _exactly(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Without gradients, and without TF32, which PyTorch allows itself in float32 convolutions on a GPU."""
+
+    @functools.wraps(function)
+    def inner(*args: _P.args, **options: _P.kwargs) -> _T:
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return function(*args, **options)
+
+    return inner
+
+
+@_exactly
 def verify_bundle(
     session: Session,
     reference: ReferenceModel,
@@ -209,7 +225,7 @@ def verify_bundle(
     return report
 
 
-@torch.inference_mode()
+@_exactly
 def perplexities(
     session: Session,
     reference: ReferenceModel,
