@@ -115,16 +115,24 @@ class Policy(Protocol):
     """What happens to a cache that is over its capacity."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """In tables."""
+        ...
 
     @property
-    def mem_size(self) -> int: ...
+    def mem_size(self) -> int:
+        """M: the columns that `compress` leaves."""
+        ...
 
     @property
-    def capacity(self) -> int | None: ...
+    def capacity(self) -> int | None:
+        """The most columns that stay; None never calls `compress`."""
+        ...
 
     @property
-    def decay(self) -> ScoreDecay: ...
+    def decay(self) -> ScoreDecay:
+        """How scores of earlier forwards fade."""
+        ...
 
     def compress(self, layer: int, slots: Slots, position: int) -> Slots:
         """Exactly `mem_size` columns; `position` tokens have been read."""

@@ -120,10 +120,11 @@ class Batch(_Handle):
 class BatchOutput:
     """What became of one prompt: the tokens generated, and why they ended.
 
-    token_ids: a token that ended generation is the last of them.
-    finish_reason: "stop" at an end-of-sequence or stop token, or because `on_token` said so; "length" at max_tokens;
-        "error" where this prompt alone failed, with `error` as the reason.
-    logprobs: an entry for every token if its params ask for them.
+    Attributes:
+        token_ids: a token that ended generation is the last of them.
+        finish_reason: "stop" at an end-of-sequence or stop token, or because `on_token` said so; "length" at
+            max_tokens; "error" where this prompt alone failed, with `error` as the reason.
+        logprobs: an entry for every token if its params ask for them.
     """
 
     token_ids: list[int] = field(default_factory=list)

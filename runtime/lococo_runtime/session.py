@@ -123,7 +123,7 @@ class Session(_Handle):
 
     Args:
         bundle: a bundle directory, or an opened `Model` to share its weights.
-        device, **options: as `Model`, when `bundle` is a directory.
+        device, options: as `Model`, when `bundle` is a directory.
 
     Raises:
         see `Model`.
