@@ -158,6 +158,26 @@ def test_top_k_keeps_all_that_tie_with_the_last(session: Session) -> None:
     assert np.flatnonzero(probabilities).tolist() == [3, 5, 7, 9]
 
 
+@pytest.mark.parametrize(
+    "halvings", [(1, 2, 3, 3), (2, 2, 2, 2), (1, 3, 3, 3, 4, 4), (3,) * 8, (0, 0, 2, 2, 2, 2)], ids=str
+)
+def test_sums_that_meet_the_edge_exactly(session: Session, halvings: tuple[int, ...]) -> None:
+    """Probabilities are powers of two, so that sums are exact; in float32, as a model that samples computes."""
+    logits = np.full(96, -1e4, np.float32)
+    logits[10 : 10 + len(halvings)] = -np.log(2) * np.array(halvings)
+    read_prompt_and_generate(session)
+    set_logits(session, logits)
+    for share in (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875):
+        for params in (
+            SamplingParams(temperature=1.0, top_p=share),
+            SamplingParams(temperature=1.0, typical_p=share),
+            SamplingParams(temperature=1.0, min_p=share),
+        ):
+            got, want = session.distribution(params), expected(logits, params, dtype=torch.float32)
+            assert np.count_nonzero(got) == np.count_nonzero(want), params
+            np.testing.assert_allclose(np.sort(got), np.sort(want), rtol=0, atol=1e-6)
+
+
 def test_greedy_takes_the_largest_after_penalties_bias_and_mask(session: Session) -> None:
     logits = np.zeros(96, np.float32)
     logits[[9, 20, 21, 22]] = 5, 4.9, 4.9, 4.8

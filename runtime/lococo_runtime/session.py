@@ -180,7 +180,7 @@ class Session(_Handle):
         """Chooses a token from the current logits; reads nothing.
 
         Args:
-            params: as they are, but for max_tokens and what ends a text, which no single token needs.
+            params: less what no single token needs: max_tokens and what ends a text; for logprobs call `logprobs`.
             allowed_tokens: a mask of shape (ceil(V / 32)), bit id % 32 of word id // 32 set where a token is allowed,
                 as llguidance and xgrammar make them; None allows all.
 
