@@ -54,7 +54,7 @@ def export_random(target: Path, cache: LococoConfig, dtype: str, **changes: Any)
 
 
 def export_tests(root: Path) -> None:
-    """The golden cases in float32; accumulated scores in float32 and float16; a model that takes some memory.
+    """The golden cases in float32; accumulated scores in float32 and float16, and by age; a model that fills memory.
 
     `own_kernels` is the first golden case, for engines of TensorRT's own kernels.
     """
@@ -66,6 +66,8 @@ def export_tests(root: Path) -> None:
     shutil.copytree(root / GOLDEN_NAMES[0], root / "own_kernels", dirs_exist_ok=True)
     export_random(root / "accumulated", ACCUMULATED, "float32")
     export_random(root / "accumulated_fp16", ACCUMULATED, "float16")
+    aging = dataclasses.replace(ACCUMULATED, score_decay=0.9, decay_per="token")
+    export_random(root / "aging", aging, "float32")
     export_random(root / "wide", LococoConfig(32, 16, 32), "float32", **WIDE)
 
 

@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.skipif(not FOLDER, reason="LOCOCO_GPU_BUNDLES is not set: run scripts/gpu_host, which makes engines"),
 ]
 BUNDLES = Path(FOLDER)
-RANDOM_NAMES = ["accumulated", "accumulated_fp16"]
+RANDOM_NAMES = ["accumulated", "accumulated_fp16", "aging"]
 HEADER = 88  # bytes of a state's header
 CPU = importlib.util.find_spec("onnxruntime") is not None or bool(os.environ.get("LOCOCO_ONNXRUNTIME"))
 

@@ -54,6 +54,7 @@ class _Numbers:
     biases: int = 0
     qk_norm: int = 0
     scores: int = 0
+    decay_per_token: int = 0
     num_layers: int = 0
     keep: int = 0
     mixed: int = 0
@@ -184,6 +185,7 @@ class _Graph:
                 biases=sum(1 << j for j, name in enumerate(biases) if name in self.weights),
                 qk_norm=int(m.qk_norm),
                 scores=int(self.cache.score_decay > 0),
+                decay_per_token=int(self.cache.decay_per == "token"),
             )
             inputs = [x.name, *lengths, f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
             inputs += [f"past_scores.{i}"] if self.cache.score_decay > 0 else []

@@ -130,6 +130,7 @@ struct AttentionArguments {
   const int32_t* num_tokens;
   int width, num_heads, group, head_dim, capacity, columns, stride;
   float score_decay;
+  bool decay_per_token;
 };
 
 template <typename T>
@@ -185,7 +186,7 @@ __global__ void softmax_kernel(AttentionArguments<T> p) {
   write(p.capacity, seen_new, p.stride);
 }
 
-// Scores of 32 columns: float32 probabilities summed over real queries and the group.
+// Scores of 32 columns: float32 probabilities summed over real queries and the group, by age if decay_per_token.
 template <typename T>
 __global__ void __launch_bounds__(1024) scores_kernel(AttentionArguments<T> p) {
   __shared__ float partial[32][33];
@@ -197,6 +198,13 @@ __global__ void __launch_bounds__(1024) scores_kernel(AttentionArguments<T> p) {
     const int first = max(column - p.capacity, 0);  // query that sees the column
     for (int g = 0; g < p.group; ++g) {
       const float* logits = p.logits + static_cast<int64_t>(kv_head * p.group + g) * p.width * p.stride + column;
+      if (p.decay_per_token) {
+        for (int q = first + threadIdx.y; q < count; q += 32) {
+          const float weight = powf(p.score_decay, static_cast<float>(count - 1 - q));
+          sum = fmaf(weight, logits[static_cast<int64_t>(q) * p.stride], sum);
+        }
+        continue;
+      }
 #pragma unroll 4
       for (int q = first + threadIdx.y; q < count; q += 32) sum += logits[static_cast<int64_t>(q) * p.stride];
     }
@@ -206,7 +214,8 @@ __global__ void __launch_bounds__(1024) scores_kernel(AttentionArguments<T> p) {
   if (threadIdx.y != 0 || column >= p.columns) return;
   for (int i = 1; i < 32; ++i) sum += partial[i][threadIdx.x];
   if (p.past_scores != nullptr && column < p.capacity) {
-    sum += p.score_decay * p.past_scores[static_cast<int64_t>(kv_head) * p.capacity + column];
+    const float decay = p.decay_per_token ? powf(p.score_decay, static_cast<float>(count)) : p.score_decay;
+    sum += decay * p.past_scores[static_cast<int64_t>(kv_head) * p.capacity + column];
   }
   p.scores[static_cast<int64_t>(kv_head) * p.columns + column] = sum;
 }
@@ -327,7 +336,8 @@ cudaError_t block_layer(const LayerShape& s, const LayerInputs& in, const LayerO
                                    s.capacity,
                                    columns,
                                    logits_stride(s),
-                                   s.score_decay};
+                                   s.score_decay,
+                                   s.decay_per_token};
   const int row_tiles = ceil_div(w, kTile);
   code = launch_gemm<T>(logits_kernel<T>, dim3(ceil_div(columns, kTile), row_tiles, s.num_heads), a, stream);
   if (code != cudaSuccess) return code;

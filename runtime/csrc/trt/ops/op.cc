@@ -15,7 +15,7 @@ LayerShape layer_shape(const OpParameters& op) {
   const auto& n = op.numbers;
   return {dtype_of(op),        n[kOpWidth],      n[kOpHidden],   n[kOpIntermediate], n[kOpNumHeads],
           n[kOpNumKvHeads],    n[kOpHeadDim],    n[kOpCapacity], n[kOpRopeDigits],   op.eps,
-          op.score_decay};
+          op.score_decay,      n[kOpDecayPerToken] != 0};
 }
 
 FusionShape fusion_shape(const OpParameters& op) {

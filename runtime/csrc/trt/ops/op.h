@@ -31,6 +31,7 @@ enum OpNumber : int32_t {
   kOpBiases,  // bit i: the i-th of q, k, v, o, gate, up, down has one
   kOpQkNorm,
   kOpScores,  // scores accumulate
+  kOpDecayPerToken,
   kOpNumLayers,
   kOpKeep,
   kOpMixed,

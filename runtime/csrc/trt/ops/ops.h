@@ -30,7 +30,8 @@ struct LayerShape {
   int32_t capacity;
   int32_t rope_digits;
   float eps;
-  float score_decay;  // 0: no past scores
+  float score_decay;   // 0: no past scores
+  bool decay_per_token;  // a query of age a counts score_decay^a; else the past counts score_decay in every forward
 };
 
 struct Linear {
