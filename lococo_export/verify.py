@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint, load_checkpoint
 from .onnx_writer import TORCH_DTYPES
-from .reference import ForwardResult, LococoState, ReferenceModel, fuse_slots, join_columns
+from .reference import ForwardResult, FusedSlots, LococoState, ReferenceModel, fuse_slots, join_columns
 from .selection import taken_selection
 
 _P = ParamSpec("_P")
@@ -425,9 +425,12 @@ class _Comparison:
             expected, margin = fuse_slots(*columns), 0.0
             taken = taken_selection(ours, *columns) if all(bool(torch.isfinite(t).all()) for t in ours) else None
             if taken is not None and taken.swapped:
-                expected, margin = fuse_slots(*columns, taken.selection), taken.margin
-                self.report.swapped += taken.swapped
-                self.report.score_margin = max(self.report.score_margin, margin)
+                other = fuse_slots(*columns, taken.selection)
+                # columns that are much alike may be taken for each other
+                if _distance(ours, other) < _distance(ours, expected):
+                    expected, margin = other, taken.margin
+                    self.report.swapped += taken.swapped
+                    self.report.score_margin = max(self.report.score_margin, margin)
             found = found or self._compare(f"past_key_values.{i}.key", ours[0], expected.key)
             found = found or self._compare(f"past_key_values.{i}.value", ours[1], expected.value)
             if after.scores:
@@ -589,6 +592,10 @@ def to_device(state: LococoState, device: torch.device, copy: bool = False) -> L
 def _view(data: memoryview, spec: TensorSpec) -> Tensor:
     dtypes = {**TORCH_DTYPES, "int32": torch.int32, "int64": torch.int64}
     return torch.frombuffer(data, dtype=dtypes[spec.dtype]).reshape(spec.shape)
+
+
+def _distance(ours: tuple[Tensor, Tensor], theirs: FusedSlots) -> float:
+    return float(sum((a.float() - b.float()).norm() for a, b in zip(ours, (theirs.key, theirs.value), strict=True)))
 
 
 def _copy(into: LococoState, state: LococoState) -> None:
