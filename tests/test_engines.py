@@ -414,7 +414,7 @@ def test_exact_bytes_of_engines_json(engines_dir: Path) -> None:
     "strongly_typed": false,
     "num_layers": null
   }},
-  "state_bytes": 49680,
+  "state_bytes": 50192,
   "workspace_bytes": 1024,
   "constant_bytes": 0,
   "weights_offset": 4096,
