@@ -203,6 +203,7 @@ def test_command_measures_compares_and_fails(bundle: Path, tmp_path: Path, capsy
 def test_command_refuses_before_it_measures(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, why in (
         (["--against", "torch"], "--model"),
+        (["--against", "jax", "--model", "x"], "transformers-static-compile"),
         (["--baseline", "nowhere.json"], "not found"),
         (["--device", "tpu"], "cuda:0"),
         (["-n", "-3"], "n_gen"),

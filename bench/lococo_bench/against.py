@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lococo_runtime import NotFoundError, UnsupportedError
+from lococo_runtime import InvalidArgumentError, NotFoundError, UnsupportedError
 from lococo_runtime.bundle import Manifest
 
 from .device import Device
@@ -28,7 +28,7 @@ KEPT = (
     *("device", "model_filename", "model_type", "model_size", "model_n_params", "policy", "mem_size", "n_batch"),
     "copy_bytes_per_second",
 )
-DECODED = ("reference-eager", "reference-compile", "transformers-dynamic", "transformers-static-compile")
+IMPLEMENTATIONS = ("transformers-dynamic", "transformers-static-compile", "reference-eager", "reference-compile")
 
 
 def import_torch() -> Any:
@@ -45,6 +45,14 @@ def import_torch() -> Any:
         raise NotFoundError(f"--against torch: {e}; pip install 'lococo-export[export]'") from e
 
 
+def check_implementations(names: Sequence[str]) -> None:
+    """Raises InvalidArgumentError for a name that is not of `IMPLEMENTATIONS`."""
+    if wrong := [name for name in names if name not in IMPLEMENTATIONS]:
+        raise InvalidArgumentError(
+            f"--against: expected torch, or some of {', '.join(IMPLEMENTATIONS)}, got {wrong[0]!r}"
+        )
+
+
 class Against:
     """Measures PyTorch on the checkpoint that a bundle was made from.
 
@@ -53,6 +61,7 @@ class Against:
         checkpoint: a directory that lococo-export and transformers can read.
         device: where to run.
         common: what the rows of the bundle have in common.
+        implementations: of `IMPLEMENTATIONS`, all of them by default.
         max_depth: transformers is not run at larger depths.
         progress: told what begins, and what is left out.
 
@@ -69,10 +78,12 @@ class Against:
         device: Device,
         common: Row,
         *,
+        implementations: Sequence[str] = IMPLEMENTATIONS,
         max_depth: int = 65536,
         progress: Callable[[str], None] = lambda what: None,
     ) -> None:
-        self.torch = import_torch()
+        check_implementations(implementations)
+        self.torch, self.implementations = import_torch(), implementations
         from lococo_export.reference import ReferenceModel
         from lococo_export.verify import checkpoint_of
 
@@ -94,10 +105,10 @@ class Against:
     def run(self, plan: Plan) -> Iterator[Row]:
         """Rows of every implementation: prompts into an empty cache, generation at every depth."""
         for n in plan.n_prompt:
-            for implementation in ("reference-eager", "transformers-dynamic"):
+            for implementation in sorted({*self.implementations} & {"transformers-dynamic", "reference-eager"}):
                 self.progress(f"{implementation}: {n} tokens of prompt")
                 yield self._row(implementation, 0, self._prompt(implementation, n, plan.repetitions))
-        for implementation in DECODED:
+        for implementation in self.implementations:
             for depth in plan.n_depth:
                 if implementation.startswith("transformers") and depth > self.max_depth:
                     self.progress(f"{implementation}: depth {depth} is left out: more than {self.max_depth}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from lococo_runtime import InvalidArgumentError
 from lococo_runtime.cli import guarded, show_step
 
-from .against import Against, import_torch
+from .against import IMPLEMENTATIONS, Against, check_implementations, import_torch
 from .measure import Bench, Plan, Row
 from .regression import compare
 from .report import FORMATS, add_ratios, format_rows, plot, read_rows
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="W",
         help="prefill, position, or auto: prefill if it takes at most 30 s",
     )
-    parser.add_argument("--against", choices=("torch",), help="measure PyTorch too: our reference, and transformers")
+    parser.add_argument("--against", metavar="A", help="torch: our reference and transformers too; or names, see docs")
     parser.add_argument("--model", type=Path, metavar="DIR", help="for --against: the bundle's checkpoint")
     parser.add_argument("--against-max-depth", type=int, default=65536, metavar="N", help="for transformers (65536)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency and memory: .svg, .png, ...")
@@ -73,9 +73,11 @@ def _bench(args: argparse.Namespace) -> int:
         args.depth_by,
     )
     if args.against and args.model is None:
-        raise InvalidArgumentError("--against torch: expected --model, the checkpoint that the bundle was made from")
-    if args.against:
-        import_torch()  # before minutes of measuring
+        raise InvalidArgumentError("--against: expected --model, the checkpoint that the bundle was made from")
+    implementations = IMPLEMENTATIONS if args.against == "torch" else tuple((args.against or "").split(","))
+    if args.against:  # refused before minutes of measuring
+        check_implementations(implementations)
+        import_torch()
     baseline = read_rows(args.baseline) if args.baseline else None
     backend = args.backend or ("onnxruntime" if args.device == "cpu" else "tensorrt")
     rows: list[Row] = []
@@ -92,7 +94,13 @@ def _bench(args: argparse.Namespace) -> int:
         manifest, device, common = bench.manifest, bench.device, bench.common
     if args.against:
         for row in Against(
-            manifest, args.model, device, common, max_depth=args.against_max_depth, progress=show_step
+            manifest,
+            args.model,
+            device,
+            common,
+            implementations=implementations,
+            max_depth=args.against_max_depth,
+            progress=show_step,
         ).run(plan):
             add(row)
     if args.output != "jsonl":

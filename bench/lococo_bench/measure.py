@@ -225,9 +225,8 @@ class Bench:
             "backend": backend,
             "device": device,
             "n_threads": num_threads,
-            "tensorrt_version": _tensorrt_version(log),
+            **_engines(log),
             "onnxruntime_version": None if backend != "onnxruntime" else installed_version("onnxruntime"),
-            "log": log,
             "model_filename": Path(bundle).name,
             "model_type": f"{m.model.family} {human(parameters(m))} {m.dtype}",
             "model_size": next(f.nbytes for f in m.files if f.path == WEIGHTS_NAME),
@@ -312,7 +311,7 @@ class Bench:
             "plain_step_ms": summary_ms(plain) if plain else None,
             "fusion_step_ms": summary_ms(fusion) if fusion else None,
             "window_ms_per_token": self._windows(n, state, plan.repetitions),
-            "joules_per_token": None if joules is None or sum(samples[1:]) < 1e9 else joules / (n * plan.repetitions),
+            "joules_per_token": None if joules is None or sum(samples[1:]) < 5e8 else joules / (n * plan.repetitions),
             "floor_ms": floor_ms,
             **self.device.memory(),
         }
@@ -395,6 +394,10 @@ class Bench:
         return self.session.generate_all([], SamplingParams(max_tokens=n, ignore_eos=True))
 
 
-def _tensorrt_version(log: list[str]) -> str | None:
-    found = [m.group(1) for line in log if (m := re.match(r"TensorRT ([\d.]+)", line))]
-    return found[0] if found else None
+def _engines(log: list[str]) -> Row:
+    """The TensorRT and the engines that the library says it took."""
+    found = [m for line in log if (m := re.match(r"TensorRT ([\d.]+),.* engines (.*)", line))]
+    return {
+        "tensorrt_version": found[0].group(1) if found else None,
+        "engines": Path(found[0].group(2)).name if found else None,
+    }
