@@ -23,7 +23,14 @@ from lococo_engines import Recipe, check_engines, choose, gpu, list_engines, loa
 from lococo_engines.build import cache_directory, check_files, engines_key
 from lococo_engines.cli import main
 from lococo_engines.gpu import Device
-from lococo_engines.kernels import KernelNetwork, kernel_network, require_shapes
+from lococo_engines.kernels import (
+    MAX_CONV_LAYERS,
+    MAX_FUSION_LAYERS,
+    KernelNetwork,
+    _Numbers,
+    kernel_network,
+    require_shapes,
+)
 from lococo_engines.metadata import BuildOptions, Engines, PlanInfo, WeightInput
 from lococo_engines.onnx_prepare import prepare_graph, weight_inputs
 from lococo_engines.preflight import plan_version
@@ -737,6 +744,9 @@ def test_public_names() -> None:
 # --- networks of kernels ---------------------------------------------------------------------------------------------
 
 
+OPS = Path(__file__).parents[1] / "runtime/csrc/trt/ops"
+
+
 def kernel_networks(bundle: Path, num_layers: int | None = None) -> dict[str, KernelNetwork]:
     manifest = read_manifest(bundle)
     return {
@@ -752,6 +762,17 @@ def test_a_network_of_kernels_has_the_graphs_inputs_and_outputs(bundle: Path) ->
         assert network.inputs == spec.inputs
         assert set(network.outputs) == set(spec.outputs)
         assert {w.name for w in network.weights} == {w.name for w in weight_inputs(bundle / spec.file)}
+
+
+def test_numbers_of_a_node_stand_in_the_order_of_the_kernels() -> None:
+    header = (OPS / "op.h").read_text(encoding="utf-8")
+    enum = header.partition("enum OpNumber")[2].partition("kOpNumbers")[0]
+    theirs = re.findall(r"^  kOp(\w+),", enum, re.MULTILINE)
+    ours = [f.name.replace("_", "") for f in dataclasses.fields(_Numbers)]
+    assert [name.lower() for name in theirs] == ours
+    limits = dict(re.findall(r"(kMax\w+) = (\d+);", (OPS / "ops.h").read_text(encoding="utf-8")))
+    assert int(limits["kMaxConvLayers"]) == MAX_CONV_LAYERS
+    assert int(limits["kMaxFusionLayers"]) == MAX_FUSION_LAYERS
 
 
 def test_every_node_reads_what_is_there_already(bundle: Path) -> None:

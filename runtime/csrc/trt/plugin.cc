@@ -103,7 +103,8 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
   nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
   void setPluginNamespace(nvinfer1::AsciiChar const* /*name*/) noexcept override {}
   int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(node_.shapes.size()); }
-  nvinfer1::DataType getOutputDataType(int32_t index, DataType const* /*types*/, int32_t inputs) const noexcept override {
+  nvinfer1::DataType getOutputDataType(int32_t index, DataType const* /*types*/,
+                                       int32_t inputs) const noexcept override {
     return data_type(node_.dtypes[static_cast<size_t>(inputs + index)]);
   }
   nvinfer1::DimsExprs getOutputDimensions(int32_t index, nvinfer1::DimsExprs const* /*inputs*/, int32_t /*count*/,
@@ -123,8 +124,8 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
 
   // --- running ---
   size_t getWorkspaceSize(nvinfer1::PluginTensorDesc const* /*inputs*/, int32_t /*num_inputs*/,
-                          nvinfer1::PluginTensorDesc const* /*outputs*/, int32_t /*num_outputs*/) const
-      noexcept override {
+                          nvinfer1::PluginTensorDesc const* /*outputs*/,
+                          int32_t /*num_outputs*/) const noexcept override {
     return workspace_bytes(node_.op);
   }
   int32_t enqueue(nvinfer1::PluginTensorDesc const* /*inputs_desc*/, nvinfer1::PluginTensorDesc const* /*outputs_desc*/,
@@ -136,7 +137,8 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
     return 1;
   }
   void configurePlugin(nvinfer1::DynamicPluginTensorDesc const* /*inputs*/, int32_t /*num_inputs*/,
-                       nvinfer1::DynamicPluginTensorDesc const* /*outputs*/, int32_t /*num_outputs*/) noexcept override {}
+                       nvinfer1::DynamicPluginTensorDesc const* /*outputs*/,
+                       int32_t /*num_outputs*/) noexcept override {}
 
   // --- life ---
   int32_t initialize() noexcept override { return 0; }

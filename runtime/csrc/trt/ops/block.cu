@@ -1,5 +1,5 @@
-// A block of tokens: products on tensor cores, attention with its probabilities in memory, because every column's score is
-// a sum over all queries. The sums are made in a fixed order: the same input gives the same bits.
+// A block of tokens: products on tensor cores, attention with its probabilities in memory, because every column's score
+// is a sum over all queries. The sums are made in a fixed order: the same input gives the same bits.
 #include <cfloat>
 
 #include "trt/ops/gemm.cuh"
@@ -22,8 +22,7 @@ struct LinearArguments {
 template <typename T>
 __global__ void __launch_bounds__(kGemmThreads) linear_kernel(LinearArguments<T> p) {
   gemm_tile<T, true>(
-      p.M, p.N, p.K, blockIdx.y * kTile, blockIdx.x * kTile,
-      [&](int m) { return p.x + static_cast<int64_t>(m) * p.K; },
+      p.M, p.N, p.K, blockIdx.y * kTile, blockIdx.x * kTile, [&](int m) { return p.x + static_cast<int64_t>(m) * p.K; },
       [&](int n, int k) { return p.weights.at(0, n, k); },
       [&](int m, int n, float sum) {
         const int part = p.weights.part_of(n);
@@ -118,13 +117,13 @@ __global__ void heads_kernel(HeadsArguments<T> p) {  // a warp a token and head
 // Shapes of attention of a block: heads of w queries, s = c + w columns, rows of logits `stride` long.
 template <typename T>
 struct AttentionArguments {
-  const T* query;   // [heads, w, d]
-  Stack<T> keys;    // batch: KV head
+  const T* query;  // [heads, w, d]
+  Stack<T> keys;   // batch: KV head
   Stack<T> values;
-  float* logits;    // [heads, w, stride]
-  T* probabilities; // [heads, w, stride], columns from s on unused
-  T* out;           // [w, heads, d]
-  float* scores;    // [h, s]
+  float* logits;     // [heads, w, stride]
+  T* probabilities;  // [heads, w, stride], columns from s on unused
+  T* out;            // [w, heads, d]
+  float* scores;     // [h, s]
   const float* past_scores;
   const int32_t* past_length;
   const int32_t* num_tokens;
@@ -144,8 +143,7 @@ __global__ void __launch_bounds__(kGemmThreads) logits_kernel(AttentionArguments
   if (n0 - p.capacity > static_cast<int>(blockIdx.y) * kTile + kTile - 1) return;
   const int64_t first = static_cast<int64_t>(head) * p.width;
   gemm_tile<T, true>(
-      p.width, p.columns, p.head_dim, blockIdx.y * kTile, n0,
-      [&](int m) { return p.query + (first + m) * p.head_dim; },
+      p.width, p.columns, p.head_dim, blockIdx.y * kTile, n0, [&](int m) { return p.query + (first + m) * p.head_dim; },
       [&](int n, int k) { return p.keys.at(kv_head, n, k); },
       [&](int m, int n, float sum) { p.logits[(first + m) * p.stride + n] = rounded<T>(sum); });
 }
@@ -257,9 +255,9 @@ int logits_stride(const LayerShape& s) { return ceil_div(s.capacity + s.width, 8
 
 template <typename T>
 struct Scratch {
-  T* normed;    // [w, hidden]
-  T* qkv;       // [w, heads + 2h, d]
-  T* query;     // [heads, w, d]
+  T* normed;      // [w, hidden]
+  T* qkv;         // [w, heads + 2h, d]
+  T* query;       // [heads, w, d]
   float* logits;  // [heads, w, stride]
   T* probabilities;
   T* attended;  // [w, heads, d]
@@ -346,8 +344,8 @@ cudaError_t block_layer(const LayerShape& s, const LayerInputs& in, const LayerO
   code = launch_gemm<T>(values_kernel<T>, dim3(ceil_div(s.head_dim, kTile), row_tiles, s.num_heads), a, stream);
   if (code != cudaSuccess) return code;
 
-  code = linear<T>({r.attended, stacked<T>(q_size, in.o.weight), {in.o.bias}, x, r.middle, nullptr, w, s.hidden, q_size},
-                   stream);
+  code = linear<T>(
+      {r.attended, stacked<T>(q_size, in.o.weight), {in.o.bias}, x, r.middle, nullptr, w, s.hidden, q_size}, stream);
   if (code != cudaSuccess) return code;
   rms_norm_kernel<T><<<w, 128, 0, stream>>>(r.middle, static_cast<const T*>(in.post_norm), r.normed, s.hidden, s.eps);
   code = linear<T>({r.normed,
@@ -361,8 +359,8 @@ cudaError_t block_layer(const LayerShape& s, const LayerInputs& in, const LayerO
                     s.hidden},
                    stream);
   if (code != cudaSuccess) return code;
-  silu_kernel<T><<<dim3(ceil_div(s.intermediate, 128 * Pack<T>::kSize), w), 128, 0, stream>>>(r.both, r.gated,
-                                                                                              s.intermediate);
+  silu_kernel<T>
+      <<<dim3(ceil_div(s.intermediate, 128 * Pack<T>::kSize), w), 128, 0, stream>>>(r.both, r.gated, s.intermediate);
   return linear<T>({r.gated,
                     stacked<T>(s.intermediate, in.down.weight),
                     {in.down.bias},
@@ -395,8 +393,15 @@ cudaError_t run_lm_head(OpDtype dtype, int32_t width, int32_t hidden, int32_t vo
                         const void* weight, float* logits, cudaStream_t stream) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return linear<T>({static_cast<const T*>(hidden_states), stacked<T>(hidden, weight), {}, nullptr, nullptr, logits,
-                      width, vocab_size, hidden},
+    return linear<T>({static_cast<const T*>(hidden_states),
+                      stacked<T>(hidden, weight),
+                      {},
+                      nullptr,
+                      nullptr,
+                      logits,
+                      width,
+                      vocab_size,
+                      hidden},
                      stream);
   });
 }

@@ -181,8 +181,6 @@ inline float rounded_scale(OpDtype dtype, int head_dim) {
   return scale;
 }
 
-
-
 // Calls body(T()) with the C++ type of dtype.
 template <typename F>
 auto with_dtype(OpDtype dtype, F&& body) {

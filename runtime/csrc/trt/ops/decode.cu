@@ -1,5 +1,5 @@
-// One token: matrix-vector products that read every weight once, at the speed of memory. Five kernels a layer: norm with
-// q, k, v and rotation; attention; o_proj with the residual; norm with gate and up; down_proj with the residual.
+// One token: matrix-vector products that read every weight once, at the speed of memory. Five kernels a layer: norm
+// with q, k, v and rotation; attention; o_proj with the residual; norm with gate and up; down_proj with the residual.
 #include <cfloat>
 
 #include "trt/ops/common.cuh"
@@ -144,7 +144,8 @@ struct AttentionArguments {
 };
 
 // One block a KV head and its g query heads, kGroup at a time. Columns 0..L-1 of the cache and the new one are seen.
-// Shared memory: the logits, then the probabilities, [kGroup][c + 1]; a partial output for each warp, [warps][kGroup][d].
+// Shared memory: the logits, then the probabilities, [kGroup][c + 1]; a partial output for each warp,
+// [warps][kGroup][d].
 template <typename T, int kGroup, int kThreads>
 __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArguments a) {
   constexpr int kSize = Pack<T>::kSize;
@@ -290,8 +291,8 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArguments 
 
 // out = residual + x W^T: one row a warp.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps) project_kernel(const T* x, Linear linear, const T* residual, T* out,
-                                                               int in_size, int out_size) {
+__global__ void __launch_bounds__(32 * kWarps)
+    project_kernel(const T* x, Linear linear, const T* residual, T* out, int in_size, int out_size) {
   const int row = blockIdx.x * kWarps + threadIdx.x / 32;
   if (row >= out_size) return;
   const T* const rows[1] = {static_cast<const T*>(linear.weight) + static_cast<int64_t>(row) * in_size};
@@ -304,8 +305,8 @@ __global__ void __launch_bounds__(32 * kWarps) project_kernel(const T* x, Linear
 
 // silu(gate) * up of the norm of x.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps) gate_up_kernel(const T* x, const T* norm, Linear gate, Linear up, T* out,
-                                                               int hidden, int intermediate, float eps) {
+__global__ void __launch_bounds__(32 * kWarps)
+    gate_up_kernel(const T* x, const T* norm, Linear gate, Linear up, T* out, int hidden, int intermediate, float eps) {
   const T* y = normed(x, norm, hidden, eps);
   const int row = blockIdx.x * kWarps + threadIdx.x / 32;
   if (row >= intermediate) return;
@@ -321,9 +322,9 @@ __global__ void __launch_bounds__(32 * kWarps) gate_up_kernel(const T* x, const 
 
 // Logits of one row of x, two a warp; the row is token num_tokens - 1.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps) head_kernel(const T* x, const int32_t* num_tokens, const T* norm,
-                                                            const T* weight, float* logits, int hidden, int vocab_size,
-                                                            float eps) {
+__global__ void __launch_bounds__(32 * kWarps)
+    head_kernel(const T* x, const int32_t* num_tokens, const T* norm, const T* weight, float* logits, int hidden,
+                int vocab_size, float eps) {
   const int64_t token = num_tokens == nullptr ? 0 : *num_tokens - 1;
   const T* y = normed(x + token * hidden, norm, hidden, eps);
   const int row = 2 * (blockIdx.x * kWarps + threadIdx.x / 32);
@@ -399,19 +400,33 @@ cudaError_t decode_layer(const LayerShape& s, const LayerInputs& in, const Layer
   if (code != cudaSuccess) return code;
 
   const float scale = rounded_scale(s.dtype, s.head_dim);
-  const QkvArguments qkv = {x,           in.input_norm, in.q,       in.k,           in.v,       scratch.query,
-                            out.key,     out.value,     in.position, make_rope(s, in), s.hidden,   s.num_heads,
-                            s.num_kv_heads, s.head_dim, s.eps,      scale,          in.q_norm == nullptr};
+  const QkvArguments qkv = {x,
+                            in.input_norm,
+                            in.q,
+                            in.k,
+                            in.v,
+                            scratch.query,
+                            out.key,
+                            out.value,
+                            in.position,
+                            make_rope(s, in),
+                            s.hidden,
+                            s.num_heads,
+                            s.num_kv_heads,
+                            s.head_dim,
+                            s.eps,
+                            scale,
+                            in.q_norm == nullptr};
   const int pairs = (s.num_heads + 2 * s.num_kv_heads) * s.head_dim / 2;
   qkv_kernel<T><<<ceil_div(pairs, kWarps), kThreads, row_bytes, stream>>>(qkv);
   if (in.q_norm != nullptr) {
     norm_heads_kernel<T><<<s.num_heads + s.num_kv_heads, 32, 0, stream>>>(qkv, static_cast<const T*>(in.q_norm),
-                                                                         static_cast<const T*>(in.k_norm));
+                                                                          static_cast<const T*>(in.k_norm));
   }
-  const AttentionArguments a = {scratch.query,    in.past_key, in.past_value,  out.key,
-                                out.value,        in.past_scores, scratch.attended, out.scores,
-                                in.past_length,   s.num_heads / s.num_kv_heads,  s.head_dim,
-                                s.capacity,       s.score_decay};
+  const AttentionArguments a = {
+      scratch.query,  in.past_key,      in.past_value, out.key,        out.value,
+      in.past_scores, scratch.attended, out.scores,    in.past_length, s.num_heads / s.num_kv_heads,
+      s.head_dim,     s.capacity,       s.score_decay};
   code = attention<T>(a, s.num_kv_heads, stream);
   if (code != cudaSuccess) return code;
   const int heads = s.num_heads * s.head_dim;

@@ -1,5 +1,5 @@
-// Fusion: live columns to M slots (arXiv 2406.05317). All layers and heads of a launch work side by side: five kernels or so
-// for up to 16 layers. Columns are named by where they lie: i for the cache's, c + j for new ones.
+// Fusion: live columns to M slots (arXiv 2406.05317). All layers and heads of a launch work side by side: five kernels
+// or so for up to 16 layers. Columns are named by where they lie: i for the cache's, c + j for new ones.
 #include <cfloat>
 
 #include "trt/ops/gemm.cuh"
@@ -9,18 +9,18 @@ namespace {
 
 constexpr int kSelectThreads = 512;
 constexpr int kConvThreads = 256;
-constexpr int kConvRows = 64;       // outputs of a tile
-constexpr int kConvColumns = 128;   // positions of a tile
-constexpr int kConvDepth = 16;      // channels at a time
+constexpr int kConvRows = 64;      // outputs of a tile
+constexpr int kConvColumns = 128;  // positions of a tile
+constexpr int kConvDepth = 16;     // channels at a time
 constexpr int kConvOutStride = kConvColumns + 4;
 
 struct Arguments {
   FusionLayer layers[kMaxFusionLayers];
   const int32_t* past_length;  // NULL: capacity
   const int32_t* num_tokens;   // NULL: 1
-  int32_t* kept;      // [layers, h, keep] columns, in cache order
-  int32_t* rest;      // [layers, h, most]
-  int32_t* anchors;   // [layers, h, mixed], indices into rest
+  int32_t* kept;               // [layers, h, keep] columns, in cache order
+  int32_t* rest;               // [layers, h, most]
+  int32_t* anchors;            // [layers, h, mixed], indices into rest
   int heads, width, head_dim, capacity, columns, keep, mixed, local;
   int most;    // columns - keep: the longest rest
   int stride;  // most, rounded up to 8
@@ -34,7 +34,9 @@ struct Arguments {
 struct Place {
   int index, layer, head;
 };
-__device__ __forceinline__ Place place(const Arguments& a, int index) { return {index, index / a.heads, index % a.heads}; }
+__device__ __forceinline__ Place place(const Arguments& a, int index) {
+  return {index, index / a.heads, index % a.heads};
+}
 
 // A row of d values of a column.
 template <typename T>
@@ -61,7 +63,8 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(Arguments a, int
   for (int rank = threadIdx.x; rank < padded; rank += kSelectThreads) {
     unsigned long long key = ~0ull;
     if (rank < candidates) {  // scores are never negative: their bits order as they do
-      key = static_cast<unsigned long long>(~__float_as_uint(scores[column_of(rank)])) << 32 | static_cast<unsigned>(rank);
+      key = static_cast<unsigned long long>(~__float_as_uint(scores[column_of(rank)])) << 32 |
+            static_cast<unsigned>(rank);
     }
     keys[rank] = key;
     role[rank] = rank >= candidates && rank < live ? 1 : 0;
@@ -205,16 +208,16 @@ __global__ void by_tap_kernel(Arguments a, ConvArguments<T> c) {
   }
 }
 
-// 16-bit types: tensor cores, 64 outputs by 128 positions a block. For 16 channels at a time the weights of all taps are
-// laid out in shared memory, and a tap is the same input, one row further.
+// 16-bit types: tensor cores, 64 outputs by 128 positions a block. For 16 channels at a time the weights of all taps
+// are laid out in shared memory, and a tap is the same input, one row further.
 template <typename T>
 __global__ void __launch_bounds__(kConvThreads) conv_tile_kernel(Arguments a, ConvArguments<T> c) {
   namespace wmma = nvcuda::wmma;
   constexpr int kSize = Pack<T>::kSize;
   extern __shared__ __align__(128) unsigned char shared_conv[];
   const int taps = c.kernel_size;
-  T* weights = reinterpret_cast<T*>(shared_conv);             // [taps][64][16]
-  T* inputs = weights + taps * kConvRows * kConvDepth;        // [128 + taps - 1][16]
+  T* weights = reinterpret_cast<T*>(shared_conv);       // [taps][64][16]
+  T* inputs = weights + taps * kConvRows * kConvDepth;  // [128 + taps - 1][16]
   const Place p = place(a, blockIdx.z);
   const int length = a.rest_length();
   const int n0 = blockIdx.x * kConvColumns;
@@ -285,7 +288,8 @@ __global__ void __launch_bounds__(kConvThreads) conv_tile_kernel(Arguments a, Co
 }
 
 size_t conv_tile_bytes(int taps) {
-  const size_t in = 2 * static_cast<size_t>(kConvDepth) * (static_cast<size_t>(taps) * kConvRows + kConvColumns + taps - 1);
+  const size_t in =
+      2 * static_cast<size_t>(kConvDepth) * (static_cast<size_t>(taps) * kConvRows + kConvColumns + taps - 1);
   const size_t out = sizeof(float) * kConvRows * kConvOutStride;
   return in > out ? in : out;
 }
@@ -327,9 +331,7 @@ __global__ void __launch_bounds__(kGemmThreads) mix_kernel(MixArguments<T> m_arg
   const int32_t* rest = a.rest + static_cast<int64_t>(p.index) * a.most;
   const float normalizer = to_float(*static_cast<const T*>(layer.normalizer));
   const float share = rounded<T>(1.0f - normalizer);
-  const auto at = [&](int position, int n) {
-    return row_of<T>(a, p, rest[position], n >= d) + (n >= d ? n - d : n);
-  };
+  const auto at = [&](int position, int n) { return row_of<T>(a, p, rest[position], n >= d) + (n >= d ? n - d : n); };
   gemm_tile<T, false>(
       a.mixed, 2 * d, ceil_div(length, Pack<T>::kSize) * Pack<T>::kSize, blockIdx.y * kTile, blockIdx.x * kTile,
       [&](int m) { return mix + (static_cast<int64_t>(p.index) * a.mixed + m) * a.stride; },
@@ -486,8 +488,8 @@ cudaError_t fuse(const FusionShape& s, const FusionLayer* layers, const int32_t*
   const T* in = nullptr;
   int in_channels = 2 * s.head_dim;
   for (int i = 0; i < s.num_conv; ++i) {
-    const ConvArguments<T> c = {in, r.by_tap, r.conv[i % 2], i,           in_channels, s.conv_out[i], s.kernel_size,
-                                s.activation, i + 1 == s.num_conv};
+    const ConvArguments<T> c = {
+        in, r.by_tap, r.conv[i % 2], i, in_channels, s.conv_out[i], s.kernel_size, s.activation, i + 1 == s.num_conv};
     code = convolve(s, a, c, stream);
     if (code != cudaSuccess) return code;
     in = c.out;

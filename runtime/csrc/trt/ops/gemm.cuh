@@ -1,6 +1,6 @@
 // gemm.cuh - matrix products of a block of tokens: out[m][n] = sum over k of A[m][k] * B(k, n), a tile of 64 x 64 a
-// block, tensor cores for 16-bit types, plain float for float32 (no TF32). Where B's rows lie and what becomes of a sum are
-// functors, so that weights, cache columns and gathered slots need no copy.
+// block, tensor cores for 16-bit types, plain float for float32 (no TF32). Where B's rows lie and what becomes of a sum
+// are functors, so that weights, cache columns and gathered slots need no copy.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -19,13 +19,13 @@ constexpr int kStages = 4;
 template <typename T>
 struct GemmTile {
   static constexpr int kSize = Pack<T>::kSize;
-  static constexpr int kDepth = 128 / sizeof(T);  // of k: rows of 128 bytes
-  static constexpr int kPacks = kDepth / kSize;   // 8
+  static constexpr int kDepth = 128 / sizeof(T);      // of k: rows of 128 bytes
+  static constexpr int kPacks = kDepth / kSize;       // 8
   static constexpr int kRowsStride = kDepth + kSize;  // [64][depth], padded against bank conflicts
   static constexpr int kColsStride = kTile + kSize;   // [depth][64]
   static constexpr int kOutStride = kTile + 4;
   static constexpr int kARows = kTile * kRowsStride;
-  static constexpr int kBRows = kTile * kRowsStride > kDepth * kColsStride ? kTile * kRowsStride : kDepth * kColsStride;
+  static constexpr int kBRows = kTile * kRowsStride > kDepth* kColsStride ? kTile* kRowsStride : kDepth* kColsStride;
   static constexpr size_t kInBytes = sizeof(T) * kStages * (kARows + kBRows);
   static constexpr size_t kOutBytes = sizeof(float) * kTile * kOutStride;
   static constexpr size_t kBytes = kInBytes > kOutBytes ? kInBytes : kOutBytes;

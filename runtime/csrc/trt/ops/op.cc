@@ -13,16 +13,27 @@ int32_t count_bits(int32_t bits) { return bits == 0 ? 0 : (bits & 1) + count_bit
 
 LayerShape layer_shape(const OpParameters& op) {
   const auto& n = op.numbers;
-  return {dtype_of(op),        n[kOpWidth],      n[kOpHidden],   n[kOpIntermediate], n[kOpNumHeads],
-          n[kOpNumKvHeads],    n[kOpHeadDim],    n[kOpCapacity], n[kOpRopeDigits],   op.eps,
-          op.score_decay,      n[kOpDecayPerToken] != 0};
+  return {dtype_of(op),     n[kOpWidth],      n[kOpHidden],   n[kOpIntermediate],
+          n[kOpNumHeads],   n[kOpNumKvHeads], n[kOpHeadDim],  n[kOpCapacity],
+          n[kOpRopeDigits], op.eps,           op.score_decay, n[kOpDecayPerToken] != 0};
 }
 
 FusionShape fusion_shape(const OpParameters& op) {
   const auto& n = op.numbers;
-  FusionShape s = {dtype_of(op),  n[kOpNumLayers], n[kOpWidth],   n[kOpNumKvHeads], n[kOpHeadDim],   n[kOpCapacity],
-                   n[kOpKeep],    n[kOpMixed],     n[kOpLocal],   n[kOpNumConv],    n[kOpKernelSize], {},
-                   static_cast<Activation>(n[kOpActivation]), n[kOpScores] != 0};
+  FusionShape s = {dtype_of(op),
+                   n[kOpNumLayers],
+                   n[kOpWidth],
+                   n[kOpNumKvHeads],
+                   n[kOpHeadDim],
+                   n[kOpCapacity],
+                   n[kOpKeep],
+                   n[kOpMixed],
+                   n[kOpLocal],
+                   n[kOpNumConv],
+                   n[kOpKernelSize],
+                   {},
+                   static_cast<Activation>(n[kOpActivation]),
+                   n[kOpScores] != 0};
   for (int i = 0; i < kMaxConvLayers; ++i) s.conv_out[i] = n[kOpConvOut + i];
   return s;
 }
@@ -118,8 +129,8 @@ std::string unsupported(const OpParameters& op) {
       if (reason.empty()) reason = require_pack(kOpHeadDim, "head_dim");
       const int32_t lanes = n[kOpHeadDim] / pack;
       if (reason.empty() && ((lanes & (lanes - 1)) != 0 || lanes > 32)) {
-        reason = format("head_dim: expected %d times a power of two, at most %d, got %d", pack, 32 * pack,
-                        n[kOpHeadDim]);
+        reason =
+            format("head_dim: expected %d times a power of two, at most %d, got %d", pack, 32 * pack, n[kOpHeadDim]);
       }
       if (reason.empty() && n[kOpNumConv] > kMaxConvLayers) {
         reason = format("num_conv_layers: expected at most %d, got %d", kMaxConvLayers, n[kOpNumConv]);

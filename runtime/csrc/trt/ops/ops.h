@@ -1,5 +1,6 @@
-// ops.h - in liblococo_trt: the parts of a model as CUDA kernels, one function each: embedding, decoder layer, final norm
-// with logits, fusion. Every shape is fixed; live lengths are read on the device, so that launches can be captured.
+// ops.h - in liblococo_trt: the parts of a model as CUDA kernels, one function each: embedding, decoder layer, final
+// norm with logits, fusion. Every shape is fixed; live lengths are read on the device, so that launches can be
+// captured.
 //
 // Letters: w tokens of a forward, c capacity, s = c + w, h KV heads, g query heads for each, d head_dim.
 #pragma once
@@ -21,8 +22,8 @@ constexpr int kMaxFusionLayers = 16;  // of one launch: its pointers are kernel 
 // Shapes of one decoder layer.
 struct LayerShape {
   OpDtype dtype;
-  int32_t width;     // w
-  int32_t hidden;    // a multiple of 16 bytes, as are all rows
+  int32_t width;   // w
+  int32_t hidden;  // a multiple of 16 bytes, as are all rows
   int32_t intermediate;
   int32_t num_heads;
   int32_t num_kv_heads;
@@ -30,7 +31,7 @@ struct LayerShape {
   int32_t capacity;
   int32_t rope_digits;
   float eps;
-  float score_decay;   // 0: no past scores
+  float score_decay;     // 0: no past scores
   bool decay_per_token;  // a query of age a counts score_decay^a; else the past counts score_decay in every forward
 };
 
@@ -82,7 +83,8 @@ cudaError_t run_lm_head(OpDtype dtype, int32_t width, int32_t hidden, int32_t vo
 
 enum class Activation : int32_t { kNone = 0, kRelu = 1, kSilu = 2, kTanh = 3, kGelu = 4 };
 
-// Shapes of a fusion (arXiv 2406.05317, section 3): of L + n live columns, `keep` stay and `mixed` are made of the rest.
+// Shapes of a fusion (arXiv 2406.05317, section 3): of L + n live columns, `keep` stay and `mixed` are made of the
+// rest.
 struct FusionShape {
   OpDtype dtype;
   int32_t num_layers;  // at most kMaxFusionLayers
@@ -105,8 +107,8 @@ struct FusionLayer {
   const void* past_value;
   const void* new_key;  // [h, w, d]
   const void* new_value;
-  const float* scores;     // [h, s]
-  const void* normalizer;  // [1], NULL if mixed is 0
+  const float* scores;                 // [h, s]
+  const void* normalizer;              // [1], NULL if mixed is 0
   const void* weight[kMaxConvLayers];  // [out, in, kernel]
   const void* bias[kMaxConvLayers];
   void* key;  // [h, c, d]
