@@ -6,6 +6,10 @@ import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -204,3 +208,27 @@ def test_run_writes_what_it_is_told_to(bundle: Path, tmp_path: Path, capsys: pyt
     ):
         assert run_main([*common, *wrong]) == 1
         assert "error: " in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(chat_bundle: Path) -> None:
+    script = "import sys; from lococo_runtime.cli import run_main; sys.exit(run_main(sys.argv[1:]))"
+    flags = ["--chat", "--max-tokens", "100000000", "--regex", "(abc ){5000}"]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(chat_bundle), *flags],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin
+        assert process.stdout
+        guard = threading.Timer(60, process.kill)
+        guard.start()
+        for _ in range(2):
+            process.stdin.write("Hello\n")
+            process.stdin.flush()
+            assert process.stdout.read(8) == "abc abc "
+            process.send_signal(signal.SIGINT)
+            process.stdout.readline()
+        _, err = process.communicate()
+        guard.cancel()
+    assert process.returncode == 0
+    assert err.count("wrote") == 2
+    assert "position" in err

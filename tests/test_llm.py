@@ -471,6 +471,20 @@ def test_a_cancelled_task_cancels_the_completion(llm: LLM) -> None:
     assert not completion_module._claimed
 
 
+def test_async_after_close(bundle: Path) -> None:
+    async def run() -> None:
+        llm = LLM(bundle)
+        stream = llm.agenerate_stream("Hello", params())
+        await stream.next_chunk()
+        llm.close()
+        for call in (stream.next_chunk(), llm.agenerate("Hello", params())):
+            with pytest.raises(ClosedError):
+                await call
+
+    asyncio.run(run())
+    assert not completion_module._claimed
+
+
 # --- conversations ---------------------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ._exceptions import InvalidArgumentError, LococoError, NotFoundError
@@ -113,7 +116,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.save_state:
             session.save(args.save_state)
         if not args.chat:
-            _write(llm.generate_stream("", params, grammar=grammar, session=session))
+            status = _write(llm.generate_stream("", params, grammar=grammar, session=session))
         print(
             f"position {session.position:,}, {session.live_slots} live slots, state {session.state_bytes:,} bytes",
             file=sys.stderr,
@@ -150,16 +153,25 @@ def _messages(first: str | None) -> Iterator[str]:
             yield line
 
 
-def _write(stream: CompletionStream) -> None:
-    """Prints pieces as they come, and how fast they came; Ctrl-C ends them."""
-    start = time.perf_counter()
-    try:
+def _write(stream: CompletionStream) -> int:
+    """Prints pieces as they come, and how fast they came; Ctrl-C ends them and makes it 130."""
+
+    def write() -> None:
         for piece in stream:
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        stream.close()
-    print()
+
+    start = time.perf_counter()
+    main_thread = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
+    before = signal.signal(signal.SIGINT, lambda *_: stream.cancel()) if main_thread else None
+    try:
+        with ThreadPoolExecutor(1) as worker:  # a signal is not handled within a call of the C library
+            worker.submit(write).result()
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, before)
+        print()
     show_speed("wrote", len(stream.output.token_ids), time.perf_counter() - start)
+    return 130 if stream.output.finish_reason == "cancelled" else 0
 
 
 def show_speed(what: str, count: int, seconds: float) -> None:

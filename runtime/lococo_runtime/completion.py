@@ -7,17 +7,19 @@ import contextlib
 import ctypes
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Literal, TypeVar
 
 from . import _c_api as c
 from ._detokenizer import Detokenizer
-from ._exceptions import BusyError, CancelledError
+from ._exceptions import BusyError, CancelledError, ClosedError
 from .grammar import GrammarState, Mask
 from .sampling import SamplingParams, StopMatcher, TokenLogprobs
 from .session import Session
+
+T = TypeVar("T")
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """The model, a stop string, a stop token or the grammar ended it; max_tokens did; `cancel` did."""
@@ -203,7 +205,7 @@ class CompletionStream:
         self._native = params.to_c()
         self._token = ctypes.c_int32()
         self._reading = threading.Lock()
-        self._cancelling = threading.Lock()
+        self._cancelling = threading.RLock()  # a signal handler may cancel in the middle of a cancel
         self._cancelled = False
         self._closed = False
         self._claim: int | None = None
@@ -364,13 +366,21 @@ class AsyncCompletionStream:
         self._stream.cancel()
 
     async def next_chunk(self) -> CompletionChunk | None:
-        """As `CompletionStream.next_chunk`."""
+        """As `CompletionStream.next_chunk`. Raises ClosedError once the `LLM` is closed."""
+        future = self._submit(self._stream.next_chunk)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, self._stream.next_chunk)
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             self._stream.cancel()
-            self._executor.submit(self._stream.close)  # waits for the forward that is running
+            self._submit(self._stream.close)  # waits for the forward that is running
             raise
+
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
+        try:
+            return self._executor.submit(work)
+        except RuntimeError as e:  # it was shut down
+            self._stream.close()
+            raise ClosedError("the LLM is closed; open it again") from e
 
     async def chunks(self) -> AsyncIterator[CompletionChunk]:
         """As `CompletionStream.chunks`."""
@@ -386,7 +396,7 @@ class AsyncCompletionStream:
     async def aclose(self) -> None:
         """As `CompletionStream.close`."""
         self._stream.cancel()
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._stream.close)
+        await asyncio.wrap_future(self._submit(self._stream.close))
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self
