@@ -157,8 +157,10 @@ def fit(job: dict[str, Any], common: dict[str, Any], args: argparse.Namespace, r
             run = Fit(FitSettings(**given), force=True, show=lambda line: None)
             each = run.measure()
         s = run.settings
-        mean = sum(each[training_plan(s, k).regime] for k in range(200)) / 200
-        steps = stage.get("steps") or max(1, int(min(seconds, record.left() - 30) / mean))
+        steps = stage.get("steps")
+        if steps is None:
+            mean = sum(each[training_plan(s, k).regime] for k in range(s.steps)) / s.steps
+            steps = max(1, int(min(seconds, record.left() - 30) / mean))
         run.settings = run.losses.settings = dataclasses.replace(s, steps=steps)
         since = time.time()
         tokens, shown = 0, since
@@ -309,11 +311,13 @@ def main() -> None:
     waiting = [j["name"] for j in plan["job"] if not args.jobs or j["name"] in args.jobs]
     alone = {j["name"] for j in plan["job"] if "speed" in j}
     running: dict[str, subprocess.Popen[bytes]] = {}
+    failed: list[str] = []
     while waiting or running:
         for name, process in list(running.items()):
             if process.poll() is not None:
                 print(f"== {name}: exit {process.returncode}, {deadline - time.time():.0f} s left", flush=True)
                 del running[name]
+                failed += [name] * (process.returncode != 0)
         late = time.time() > deadline
         if late:
             for process in running.values():
@@ -325,6 +329,8 @@ def main() -> None:
             print(f"== {name}: starts, {deadline - time.time():.0f} s left", flush=True)
             running[name] = subprocess.Popen([sys.executable, *sys.argv, "--job", name, "--deadline", str(deadline)])
         time.sleep(0.2)
+    if failed:
+        raise SystemExit(f"failed or cut off: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

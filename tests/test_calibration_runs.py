@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import itertools
 import json
 import os
@@ -653,3 +654,57 @@ def test_a_ruler_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (policy, "niah_single_1", "1024") for policy in ("full", "h2o", "streaming")
     ]
     assert all(0 <= r["value"] <= 1 for r in rows)
+
+
+# --- comparing recipes ------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_compared_and_tabulated(model: Path, text: Path, tmp_path: Path) -> None:
+    """scripts/fit_heads.py on the tiny model, and scripts/quality_tables.py on what it leaves."""
+    corpus, out = tmp_path / "corpus", tmp_path / "out"
+    for part in ("train", "held_out/prose", "held_out/code"):
+        (corpus / part).mkdir(parents=True)
+    for i in range(4):
+        (corpus / "train" / f"{i}.txt").write_text(random_text(900, i))
+    (corpus / "held_out" / "prose" / "a.txt").write_text(random_text(900, 10))
+    (corpus / "held_out" / "code" / "b.py").write_text(random_text(900, 11))
+    plan = tmp_path / "plan.toml"
+    plan.write_text("""
+[common]
+mem_size = 12
+local_len = 3
+block_size = 8
+buffer = 4
+kernel_size = 5
+context = 64
+batch = 2
+decode_fusions = 3
+device = "cpu"
+[[job]]
+name = "m12"
+seconds = 20
+stages = [{steps=3}, {steps=2, reconstruction_weight=0.0, distill_weight=1.0}]
+[[job]]
+name = "baselines"
+block_sizes = [8]
+mem_sizes = [12]
+""")
+    scripts = Path(__file__).resolve().parent.parent / "scripts"
+    command = [sys.executable, str(scripts / "fit_heads.py"), str(plan), "--model", str(model), "--corpus", str(corpus),
+               "--out", str(out), "--context", "256", "--step-context", "256", "--windows", "1", "--passkey", "500",
+               "--trials", "1", "--budget-seconds", "300"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "m12.json").read_text())
+    assert record["done"], done.stdout + done.stderr
+    assert [s["settings"]["steps"] for s in record["stages"]] == [3, 2]
+    assert load_checkpoint(out / "stages" / "m12-1").heads
+    spec = importlib.util.spec_from_file_location("quality_tables", scripts / "quality_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text_of = tables.run_tables(out)
+    row = next(r for r in record["perplexity"] if (r["context"], r["regime"], r["kind"]) == (256, "block", "code"))
+    assert f"| {row['perplexity']:.3f} |" in text_of
+    assert len([line for line in text_of.splitlines() if line.startswith("| m12 | code | 12 | step | 256")]) == 1
