@@ -79,7 +79,7 @@ def ask(llm: LLM, session: Session, question: str, params: SamplingParams) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
-    parser.add_argument("--bundle", type=Path, default=CACHE / "bundles" / "smollm2-135m-h2o-256")
+    parser.add_argument("--bundle", type=Path, default=CACHE / "bundles" / "smollm2-135m-lococo-128")
     parser.add_argument("--text", type=Path, default=CACHE / "texts" / "persuasion.txt", help="UTF-8 text to read")
     # with what is written, just under the 8,192 positions that SmolLM2 was trained for
     parser.add_argument("--tokens", type=int, default=8016, help="how much of it (default %(default)s)")
