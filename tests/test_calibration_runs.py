@@ -25,6 +25,8 @@ from lococo_calibration.data import batch_windows
 from lococo_calibration.evaluate import PasskeyPrompt, passkey_model, passkey_prompts, passkey_session, read_forwards
 from lococo_runtime import CorruptError, InvalidArgumentError, NotFoundError, Session
 from lococo_runtime._exceptions import ConfigError, NoSpaceError, OutOfMemoryError, TargetExistsError
+from lococo_runtime.bundle import LococoConfig
+from safetensors.torch import load_file
 from tiny_models import make_model
 from tokenizers import Tokenizer, models
 
@@ -708,3 +710,21 @@ mem_sizes = [12]
     row = next(r for r in record["perplexity"] if (r["context"], r["regime"], r["kind"]) == (256, "block", "code"))
     assert f"| {row['perplexity']:.3f} |" in text_of
     assert len([line for line in text_of.splitlines() if line.startswith("| m12 | code | 12 | step | 256")]) == 1
+
+
+def test_shipped_heads_are_whole() -> None:
+    folder = Path(__file__).resolve().parent.parent / "heads" / "smollm2-135m-instruct-m128"
+    assert (folder / "lococo_heads.safetensors").stat().st_size < 11_000_000
+    document = json.loads((folder / "lococo_config.json").read_text())
+    config = LococoConfig(**{k: v for k, v in document.items() if k not in ("format", "schema_version")})
+    assert (config.mem_size, config.block_size) == (128, 512)
+    tensors = load_file(folder / "lococo_heads.safetensors")
+    assert len(tensors) == 30 * 3
+    assert tensors["layers.29.conv.0.weight"].shape == (config.num_mixed, 128, config.kernel_size)
+    assert all(bool(torch.isfinite(t).all()) for t in tensors.values())
+    assert all(0 <= float(tensors[f"layers.{i}.normalizer"]) <= 1 for i in range(30))
+    card = (folder / "README.md").read_text()
+    measured = json.loads((folder.parent.parent / "docs" / "quality" / "reported" / "m128.json").read_text())
+    for row in measured["perplexity"]:  # the card says what was measured
+        line = f"| {row['kind']} | {row['regime']} | {row['context']:,} |"
+        assert f"{row['perplexity']:.3f}" in next(found for found in card.splitlines() if found.startswith(line))
