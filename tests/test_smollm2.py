@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lococo_runtime import SamplingParams, Session
+from lococo_runtime import Model, SamplingParams, Session, generate_many
+from lococo_runtime.llm import load_tokenizer
 
 from lococo_export import export_bundle, load_checkpoint
 
@@ -27,7 +28,7 @@ PROMPT = "Once upon a time, in a village by the sea, there lived an old clockmak
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("smollm2") / "bundle"
-    export_bundle(load_checkpoint(MODEL, policy="h2o", mem_size=256, block_size=256), target)
+    export_bundle(load_checkpoint(MODEL, policy="h2o", mem_size=256, block_size=256), target, batch=4)
     return target
 
 
@@ -62,6 +63,19 @@ def test_memory_and_state_do_not_grow(bundle: Path) -> None:
             assert session.live_slots <= session.model.manifest.cache.capacity
         assert len(session.state()) == size
         assert len(list(session.generate([], SamplingParams(max_tokens=5, ignore_eos=True)))) == 5
+
+
+def test_batched_sessions_write_what_each_writes_alone(bundle: Path) -> None:
+    """Four of different lengths, fused before and while they write."""
+    text = load_tokenizer(bundle).encode(PROMPT).ids * 30
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    with Model(bundle) as model, model.session() as alone:
+        prompts = [text[i : i + length] for i, length in enumerate((6, 264, 268, 400))]
+        outputs = generate_many(model, prompts, params)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            alone.reset()
+            assert output.token_ids == list(alone.generate(prompt, params))
+            assert len(prompt) < 256 or alone.counters["fusions"] > 0
 
 
 def test_export_memory_stays_near_the_weights(tmp_path: Path) -> None:
