@@ -291,6 +291,7 @@ def test_a_session_that_is_passed_in_is_continued(llm: LLM, tmp_path: Path) -> N
         (lambda m: m.generate("x", SamplingParams(logit_bias={260: 1})), TokenIdError, "logit_bias"),
         (lambda m: m.generate("x", SamplingParams(logprobs=261)), InvalidArgumentError, "logprobs"),
         (lambda m: m.generate("x", SamplingParams(stop=["x"] * 65)), InvalidArgumentError, "64"),
+        (lambda m: m.generate("x", SamplingParams(stop=["\ud800"])), InvalidArgumentError, "UTF-8"),
         (lambda m: m.generate("x", SamplingParams(max_tokens=-1)), InvalidArgumentError, "max_tokens"),
         (lambda m: m.generate("x", SamplingParams(max_tokens=2**31)), InvalidArgumentError, "max_tokens"),
         (lambda m: m.chat([]), InvalidArgumentError, "at least one"),

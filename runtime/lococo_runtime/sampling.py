@@ -203,5 +203,6 @@ def _check_stop(stop: tuple[str, ...]) -> None:
     for i, text in enumerate(stop):
         if not isinstance(text, str) or not text:
             raise InvalidArgumentError(f"stop[{i}]: expected some text, got {text!r}")
-        if "\0" in text or len(text.encode()) > MAX_STOP_BYTES:
+        lone = any("\ud800" <= character <= "\udfff" for character in text)
+        if lone or "\0" in text or len(text.encode()) > MAX_STOP_BYTES:
             raise InvalidArgumentError(f"stop[{i}]: expected at most {MAX_STOP_BYTES} bytes of UTF-8 without NUL")
