@@ -96,6 +96,38 @@ def test_run_continues_a_prompt_and_a_file(bundle: Path, tmp_path: Path, capsys:
     assert run_main([*common, "--file", str(tmp_path / "missing.txt")]) == 1
 
 
+def test_run_makes_a_memory_pack_and_goes_on_from_it(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A document read once answers as one that is read every time."""
+    book, pack, once = str(tmp_path / "book.txt"), str(tmp_path / "book.lococo"), [str(bundle), "--max-tokens", "8"]
+    (tmp_path / "book.txt").write_text("Call me Ishmael " * 20)  # whole blocks: the question begins a forward of its own
+    assert run_main([str(bundle), "--file", book, "--save-state", pack, "--max-tokens", "0"]) == 0
+    assert capsys.readouterr().out.strip() == ""
+    answers = []
+    for question in ("Who speaks?", "Why?"):
+        assert run_main([*once, "--load-state", pack, "--prompt", question]) == 0
+        from_pack = capsys.readouterr()
+        assert f"read {len(question)} tokens" in from_pack.err
+        assert run_main([*once, "--file", book, "--prompt", question]) == 0
+        read_again = capsys.readouterr()
+        assert f"read {320 + len(question)} tokens" in read_again.err
+        assert from_pack.out == read_again.out
+        answers.append(from_pack.out)
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize("target", ["no/such/folder/state", "."])
+def test_run_says_at_once_that_it_cannot_save(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    command = [str(bundle), "--prompt", "x" * 50, "--save-state", str(tmp_path / target)]
+    assert run_main(command) == 1
+    err = capsys.readouterr().err
+    assert "cannot write" in err
+    assert "read " not in err
+
+
 def test_verify_agrees_and_names_what_does_not(
     bundle: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

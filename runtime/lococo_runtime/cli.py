@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ._exceptions import InvalidArgumentError, LococoError, NotFoundError
+from ._exceptions import InvalidArgumentError, LococoError, NotFoundError, StorageError
 from .bundle import Manifest, read_manifest
 from .chat import Chat
 from .completion import CompletionStream
@@ -45,6 +46,15 @@ def read_text(path: Path) -> str:
         raise NotFoundError(f"{path}: not found") from e
     except UnicodeDecodeError as e:
         raise InvalidArgumentError(f"{path}: expected UTF-8 text: {e}") from e
+
+
+def check_writable(path: Path) -> None:
+    """Raises NotFoundError or StorageError where a file cannot be written."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise NotFoundError(f"{path}: cannot write: {folder} is no folder; check the path")
+    if not os.access(folder, os.W_OK) or (path.exists() and not path.is_file()):
+        raise StorageError(f"{path}: cannot write; check the permissions, or choose another path")
 
 
 def run_main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +105,8 @@ def _run(args: argparse.Namespace) -> int:
         raise InvalidArgumentError("expected one of --json-schema and --regex, got both")
     if args.system and not args.chat:
         raise InvalidArgumentError("--system: needs --chat")
+    if args.save_state:
+        check_writable(args.save_state)  # before a long file is read
     grammar = Grammar.json_schema(read_text(args.json_schema)) if args.json_schema else None
     if args.regex:
         grammar = Grammar.regex(args.regex)
