@@ -101,7 +101,9 @@ def test_run_makes_a_memory_pack_and_goes_on_from_it(
 ) -> None:
     """A document read once answers as one that is read every time."""
     book, pack, once = str(tmp_path / "book.txt"), str(tmp_path / "book.lococo"), [str(bundle), "--max-tokens", "8"]
-    (tmp_path / "book.txt").write_text("Call me Ishmael " * 20)  # whole blocks: the question begins a forward of its own
+    (tmp_path / "book.txt").write_text(
+        "Call me Ishmael " * 20
+    )  # whole blocks: the question begins a forward of its own
     assert run_main([str(bundle), "--file", book, "--save-state", pack, "--max-tokens", "0"]) == 0
     assert capsys.readouterr().out.strip() == ""
     answers = []

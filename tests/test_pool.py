@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from lococo_runtime import (
     BusyError,
+    CancelledError,
     ClosedError,
     CorruptError,
     InvalidArgumentError,
@@ -392,6 +393,20 @@ def test_clone_of_a_pooled_session_is_its_own(model: Model, tmp_path: Path) -> N
         assert clone.state() == expected
         clone.close()
         assert pool.info().num_acquired == 0
+
+
+def test_a_cancelled_session_comes_back_fresh(model: Model, tmp_path: Path) -> None:
+    with SessionPool(model, tmp_path / "pool", max_sessions=1) as pool:
+        with pool.acquire("a") as session:
+            session.prefill(text(3))
+            session.cancel()
+            with pytest.raises(CancelledError):
+                session.step(5)
+        for name in ("a", "b"):
+            with pool.acquire(name) as session:
+                session.step(5)
+        with pool.acquire("a") as session:
+            assert session.position == 4
 
 
 def test_the_pool_outlives_its_model(bundle: Path, tmp_path: Path) -> None:

@@ -285,6 +285,7 @@ Session& Pool::acquire(const std::string& id, const char* start, int32_t timeout
   }
   entry.dirty = true;  // it is handed out to be changed
   entry.last_used = ++clock_;
+  entry.session->cancelled = false;  // of whom it was before
   entry.session->busy = false;
   return *entry.session;
 }
@@ -306,6 +307,10 @@ void Pool::release(Session& session) {
          it->second->first.c_str());
   }
   Node& node = *it->second;
+  if (session.batch() != nullptr) {
+    session.busy = false;
+    fail(LOCOCO_ERROR_BUSY, "session \"%s\": in a batch; take it out first", node.first.c_str());
+  }
   if (session.dead) {
     drop_session(node);
     return;

@@ -325,7 +325,7 @@ LOCOCO_API void lococo_pool_destroy(lococo_pool* pool);
 LOCOCO_API lococo_status lococo_pool_acquire(lococo_pool* pool, const char* id, const char* start, int32_t timeout_ms,
                                              lococo_session** out);
 /* Gives a session back; the handle is gone then. A dead session is dropped: its last state file is what stays.
- * LOCOCO_ERROR_BUSY: another thread is inside a call; the session stays acquired. */
+ * LOCOCO_ERROR_BUSY: another thread is inside a call, or it is in a batch; it stays acquired. */
 LOCOCO_API lococo_status lococo_pool_release(lococo_pool* pool, lococo_session* session);
 /* Writes an idle session (id NULL: all) to disk where it is newer than its state file. It stays in memory. */
 LOCOCO_API lococo_status lococo_pool_flush(lococo_pool* pool, const char* id);

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from . import _c_api as c
-from ._exceptions import BusyError, ClosedError, InvalidArgumentError, NotFoundError
+from ._exceptions import BusyError, ClosedError, InvalidArgumentError, LococoError, NotFoundError
 from .session import Model, Session, _Handle
 
 Place = Literal["acquired", "memory", "disk"]
@@ -132,8 +132,16 @@ class SessionPool(_Handle):
             raise InvalidArgumentError("session: expected one acquired from this pool")
         if session._batch is not None:
             session._batch.remove(session)
-        c.call("lococo_pool_release", self._open(), session._open())
-        session._handle = ctypes.c_void_p()
+        if session._batch is not None:
+            session._batch.remove(session)
+        pool, _ = self._open(), session._open()
+        with self.model._lock:  # another thread may be cancelling it
+            handle, session._handle = session._handle, ctypes.c_void_p()
+        try:
+            c.call("lococo_pool_release", pool, handle)
+        except LococoError:
+            session._handle = handle
+            raise
 
     def flush(self, session_id: str | None = None) -> None:
         """Writes an idle session, by default all, to disk where it is newer there; it stays in memory.
