@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -193,6 +194,19 @@ def test_packs_have_one_size(model: Model, tmp_path: Path) -> None:
             session.save(tmp_path / "pack")
             sizes.add((tmp_path / "pack").stat().st_size)
     assert sizes == {model.state_bytes + 88}
+
+
+def test_soak(bundle: Path, tmp_path: Path) -> None:
+    """A short run of scripts/soak.py. Time is not judged."""
+    script = Path(__file__).parent.parent / "scripts" / "soak.py"
+    options = ["--tokens", "20000", "--windows", "5", "--time-ratio", "1000"]
+    command = [sys.executable, str(script), str(bundle), str(tmp_path / "soak.json"), *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    report = json.loads((tmp_path / "soak.json").read_text())
+    assert (report["tokens"], report["finite"], report["resumed"]) == (20_000, True, True)
+    assert len(report["state_bytes"]) == 1
+    assert report["grown_bytes"] < 1 << 20
+    assert [w["position"] for w in report["windows"]] == [4000, 8000, 12_000, 16_000, 20_000]
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
