@@ -54,13 +54,6 @@ Stack<T> stacked(int stride, const void* a, int rows_a = INT_MAX, const void* b 
           stride};
 }
 
-template <typename T>
-__global__ void rms_norm_kernel(const T* x, const T* weight, T* out, int hidden, float eps) {
-  __shared__ float scratch[32];
-  const int64_t start = static_cast<int64_t>(blockIdx.x) * hidden;
-  rms_norm_row(x + start, weight, hidden, eps, out + start, scratch);
-}
-
 // qkv (w, heads of q, k, v) to query [heads, w, d], key and value [h, w, d]; norms, rotation and scale on the way.
 template <typename T>
 struct HeadsArguments {

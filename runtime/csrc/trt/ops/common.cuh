@@ -110,6 +110,14 @@ __device__ void rms_norm_row(const T* x, const T* weight, int n, float eps, T* y
   __syncthreads();
 }
 
+// A block a row.
+template <typename T>
+__global__ void rms_norm_kernel(const T* x, const T* weight, T* out, int hidden, float eps) {
+  __shared__ float scratch[32];
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * hidden;
+  rms_norm_row(x + start, weight, hidden, eps, out + start, scratch);
+}
+
 struct Rope {
   const float* cos[kMaxRopeDigits];
   const float* sin[kMaxRopeDigits];

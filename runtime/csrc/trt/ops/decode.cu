@@ -340,13 +340,6 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 template <typename T>
-__global__ void norm_rows_kernel(const T* x, const T* weight, T* out, int hidden, float eps) {
-  __shared__ float scratch[32];
-  const int64_t start = static_cast<int64_t>(blockIdx.x) * hidden;
-  rms_norm_row(x + start, weight, hidden, eps, out + start, scratch);
-}
-
-template <typename T>
 __global__ void embed_kernel(const int32_t* ids, const T* table, T* out, int hidden) {
   constexpr int kSize = Pack<T>::kSize;
   const T* row = table + static_cast<int64_t>(ids[blockIdx.x]) * hidden;
@@ -478,7 +471,7 @@ cudaError_t run_head(OpDtype dtype, int32_t width, int32_t hidden, int32_t vocab
     head_kernel<T><<<ceil_div(vocab_size, 2 * kWarps), 32 * kWarps, row_bytes, stream>>>(
         rows, num_tokens, gain, static_cast<const T*>(weight), logits, hidden, vocab_size, eps);
     if (width > 1) {
-      norm_rows_kernel<T><<<width, 128, 0, stream>>>(rows, gain, static_cast<T*>(hidden_states), hidden, eps);
+      rms_norm_kernel<T><<<width, 128, 0, stream>>>(rows, gain, static_cast<T*>(hidden_states), hidden, eps);
     }
     return cudaGetLastError();
   });
