@@ -64,7 +64,10 @@ EOS = 257
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model over bytes, with a chat template; it never stops by itself before it is told to."""
-    root = tmp_path_factory.mktemp("llm")
+    return make_text_bundle(tmp_path_factory.mktemp("llm"))
+
+
+def make_text_bundle(root: Path) -> Path:
     make_model(root / "model", vocab_size=260, eos_token_id=EOS, bos_token_id=None)
     byte_tokenizer("<|im_start|>", "<|im_end|>").save(str(root / "model" / "tokenizer.json"))
     (root / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))

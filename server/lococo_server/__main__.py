@@ -1,0 +1,7 @@
+"""python -m lococo_server: lococo-serve."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

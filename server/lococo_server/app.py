@@ -1,0 +1,346 @@
+"""The HTTP application: routes, the gate in front of them, and streams of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from lococo_runtime import LLM, CompletionChunk, InvalidArgumentError, LococoError
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .engine import Engine, Lifetime, Limits, Work
+from .errors import ApiError, ClientGoneError, from_exception, from_validation
+from .metrics import Metrics
+from .protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Json
+
+log = logging.getLogger("lococo_server")
+
+_DISCARDED_BYTES = 64 << 20  # of a body that is too large: a client that is still sending reads no answer
+_POLICY = (
+    "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def create_app(
+    llm: LLM,
+    *,
+    limits: Limits | None = None,
+    model_name: str = "lococo",
+    api_key: str | None = None,
+    state_dir: str | os.PathLike[str] | None = None,
+) -> FastAPI:
+    """An ASGI application that serves a bundle; it closes `llm` when it shuts down.
+
+    Args:
+        llm: the bundle.
+        limits: see `Limits`.
+        model_name: what clients call the model.
+        api_key: what clients of /v1 must send as a bearer token; None asks for nothing.
+        state_dir: where conversations are kept, so that they survive the process; None keeps them in memory.
+
+    Raises:
+        see `SessionPool`, which has state_dir.
+    """
+    limits = limits or Limits()
+    metrics = Metrics()
+    engine = Engine(llm, limits, state_dir=state_dir, metrics=metrics)
+    created = int(time.time())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await engine.close()
+
+    # the usual documentation pages load scripts from elsewhere
+    app = FastAPI(title="lococo-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(_Gate, limits=limits, api_key=api_key, metrics=metrics)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, e: RequestValidationError) -> Response:
+        return from_validation(e).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, e: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {e.detail}"
+        return ApiError(e.status_code, message, headers=dict(e.headers or {})).response()
+
+    for kind in (ApiError, LococoError):
+
+        @app.exception_handler(kind)
+        async def ours(_: Request, e: Exception) -> Response:
+            return from_exception(e).response()
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(_: Request, e: ClientGoneError) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    def card() -> Json:
+        cache = llm.model.manifest.cache
+        return {
+            "id": model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "lococo",
+            "state_bytes": llm.model.state_bytes,
+            "num_slots": cache.mem_size,
+        }
+
+    def check_model(name: str) -> None:
+        if name != model_name:
+            message = f"model: expected {model_name!r}, got {name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def check_length(ids: list[int], param: str) -> None:
+        if len(ids) > limits.prompt_tokens:
+            message = f"{param}: expected at most {limits.prompt_tokens} tokens, got {len(ids)}"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+    @app.get("/v1/models")
+    async def models() -> Json:
+        return {"object": "list", "data": [card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Json:
+        check_model(name)
+        return card()
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        check_model(body.model)
+        params = body.params(limits.new_tokens)
+        prompt = body.one_prompt()
+        ids = await engine.call(llm.encode, prompt) if isinstance(prompt, str) else prompt
+        check_length(ids, "prompt")
+        work = Work(ids, params)
+        return await _respond(engine, work, CompletionAnswer(llm, body, params), body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        check_model(body.model)
+        params = body.params(limits.new_tokens)
+        grammar = body.response_format.grammar() if body.response_format is not None else None
+
+        def render() -> tuple[str, list[int]]:
+            text = llm.apply_chat_template(
+                [message.for_template() for message in body.messages], chat_template_kwargs=body.chat_template_kwargs
+            )
+            return text, llm.encode(text, add_special_tokens=False)
+
+        try:
+            text, ids = await engine.call(render)
+        except InvalidArgumentError as e:
+            raise ApiError(400, f"messages: {e}", param="messages", code="invalid_value") from e
+        check_length(ids, "messages")
+        work = Work(ids, params, grammar, text if body.cache_prompt else None)
+        return await _respond(engine, work, ChatAnswer(llm, body, params), body, request)
+
+    @app.get("/health")
+    async def health() -> Json:
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    page = resources.files(__package__).joinpath("chat.html").read_bytes()
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return Response(page, media_type="text/html", headers={"Content-Security-Policy": _POLICY})
+
+    return app
+
+
+async def _respond(
+    engine: Engine,
+    work: Work,
+    answer: CompletionAnswer | ChatAnswer,
+    body: CompletionRequest | ChatRequest,
+    request: Request,
+) -> Response:
+    """The answer: JSON, or a stream that has its first token, so that what goes wrong before has a status."""
+    life = Lifetime(request.receive, engine.limits.seconds)
+    chunks = engine.chunks(work, life)
+    try:
+        first = await anext(chunks)
+        if body.stream:
+            return _EventStream(_events(chunks, first, work, answer, body.include_usage), chunks, life)
+        async for _ in chunks:
+            pass
+    except BaseException:
+        await chunks.aclose()
+        life.close()
+        raise
+    life.close()
+    if work.output is None:
+        raise RuntimeError("a completion ended without an output")
+    return Response(json.dumps(answer.whole(work.output)), media_type="application/json")
+
+
+async def _events(
+    chunks: AsyncGenerator[CompletionChunk, None],
+    chunk: CompletionChunk | None,
+    work: Work,
+    answer: CompletionAnswer | ChatAnswer,
+    include_usage: bool,
+) -> AsyncGenerator[Json, None]:
+    for event in answer.begin():
+        yield event
+    while chunk is not None:
+        if (event_or_none := answer.chunk(chunk)) is not None:
+            yield event_or_none
+        chunk = await anext(chunks, None)
+    if include_usage and work.output is not None:
+        yield answer.usage_chunk(work.output)
+
+
+class _EventStream(Response):
+    """Server-sent events, one for each JSON object, and [DONE]. An error becomes the last event."""
+
+    def __init__(
+        self, events: AsyncGenerator[Json, None], chunks: AsyncGenerator[CompletionChunk, None], life: Lifetime
+    ) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._events, self._chunks, self._life = events, chunks, life
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(data: str) -> None:
+            message = {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
+            # a client that reads nothing keeps the session no longer than the request may take
+            await asyncio.wait_for(send(message), self._life.seconds_left + 1)
+
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async for event in self._events:
+                    await write(json.dumps(event))
+                await write("[DONE]")
+            except (ApiError, LococoError) as e:
+                await write(json.dumps(from_exception(e).body))
+            await send({"type": "http.response.body", "body": b""})
+        except (ClientGoneError, asyncio.TimeoutError):
+            log.info("a stream ended because its client reads it no more")
+        finally:
+            await self._events.aclose()
+            await self._chunks.aclose()
+            self._life.close()
+
+
+class _Gate:
+    """In front of all routes: the key, the content type, the body's size and time; it reads the body and counts.
+
+    Args:
+        app: what it lets requests through to.
+        limits: body_bytes, body_seconds.
+        api_key: of /v1, or None.
+        metrics: counts the answers.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, metrics: Metrics) -> None:
+        self._app, self._limits, self._api_key, self._metrics = app, limits, api_key, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        started = False
+
+        async def counted(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                route = scope.get("route")
+                path = getattr(route, "path", "other")  # not the client's own text: it could be anything
+                self._metrics.responses.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        try:
+            if scope["path"].startswith("/v1/"):
+                self._check_key(headers.get("authorization", ""))
+            body = await self._read(headers, receive) if scope["method"] == "POST" else b""
+            await self._app(scope, _replay(body, receive), counted)
+        except ClientGoneError:
+            log.debug("a client went away while it sent its body")
+        except ApiError as e:
+            await e.response()(scope, receive, counted)
+        except Exception as e:
+            log.exception("a request failed")
+            if started:
+                raise
+            await from_exception(e).response()(scope, receive, counted)
+
+    def _check_key(self, authorization: str) -> None:
+        if self._api_key is None:
+            return
+        scheme, _, key = authorization.partition(" ")
+        given, expected = key.strip().encode(), self._api_key.encode()
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given, expected):
+            message = "expected the server's key as Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    async def _read(self, headers: dict[str, str], receive: Receive) -> bytes:
+        """The body. Raises ApiError, ClientGoneError."""
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        try:
+            body = await asyncio.wait_for(self._collect(headers, receive), self._limits.body_seconds)
+        except asyncio.TimeoutError:
+            message = f"body: expected all of it within {self._limits.body_seconds:g} s"
+            raise ApiError(408, message, code="timeout", headers={"Connection": "close"}) from None
+        if body is None:
+            message = f"body: expected at most {self._limits.body_bytes} bytes"
+            raise ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+        if media_type != "application/json":
+            message = f"Content-Type: expected application/json, got {media_type or 'none'}"
+            raise ApiError(415, message, code="unsupported_media_type")
+        return body
+
+    async def _collect(self, headers: dict[str, str], receive: Receive) -> bytes | None:
+        """The body, or None if it is too large; up to a point it is read nevertheless, and thrown away."""
+        announced = headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > _DISCARDED_BYTES:
+            return None
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            size += len(message.get("body", b""))
+            if size <= self._limits.body_bytes:
+                parts.append(message.get("body", b""))
+            else:
+                parts.clear()
+            if not message.get("more_body", False):
+                return b"".join(parts) if size <= self._limits.body_bytes else None
+            if size > _DISCARDED_BYTES:
+                return None
+
+
+def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Any]]:
+    """A receive that gives the body at once, and then what comes."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

@@ -1,0 +1,94 @@
+"""lococo-serve."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+from lococo_runtime import LLM
+from lococo_runtime.cli import guarded
+
+from .app import create_app
+from .engine import Limits
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of lococo-serve."""
+    default = Limits()
+    parser = argparse.ArgumentParser(
+        prog="lococo-serve",
+        usage="%(prog)s [options] bundle",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27),
+        description="Serve a bundle over OpenAI's HTTP interface, and a chat page at /.",
+    )
+    parser.add_argument("bundle", type=Path, help="directory made by lococo-export")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0 = any that is free (8000)")
+    parser.add_argument("--model-name", metavar="NAME", help="what clients call it (the directory's name)")
+    parser.add_argument("--api-key", metavar="KEY", help="asked of clients; better in LOCOCO_API_KEY")
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="keep conversations on disk, over restarts")
+    model = parser.add_argument_group("running the model")
+    model.add_argument("--device", default="cpu", help="cpu, or cuda:0 and on with --backend tensorrt")
+    model.add_argument("--backend", default="onnxruntime", choices=["onnxruntime", "tensorrt"])
+    model.add_argument("--threads", type=int, default=0, help="0 = one per physical core")
+    limits = parser.add_argument_group("limits")
+
+    def limit(flag: str, name: str, kind: type, metavar: str, what: str) -> None:
+        value = getattr(default, name)
+        limits.add_argument(flag, dest=name, type=kind, default=value, metavar=metavar, help=f"{what} ({value:g})")
+
+    limit("--sessions", "sessions", int, "N", "requests that run at once")
+    limit("--max-queue", "queue", int, "N", "requests that wait; beyond, 429")
+    limit("--keep", "keep", int, "N", "conversations whose state is kept")
+    limit("--max-body-bytes", "body_bytes", int, "N", "of a request; beyond, 413")
+    limit("--body-timeout", "body_seconds", float, "S", "seconds for a body to arrive; beyond, 408")
+    limit("--max-prompt-tokens", "prompt_tokens", int, "N", "of a request; beyond, 400")
+    limit("--max-new-tokens", "new_tokens", int, "N", "of an answer")
+    limit("--timeout", "seconds", float, "S", "seconds for a request; beyond, 504")
+    limits.add_argument(
+        "--drain-timeout", type=int, default=60, metavar="S", help="seconds for running requests after SIGTERM (60)"
+    )
+    args = parser.parse_args(argv)
+    return guarded(lambda: _serve(args))
+
+
+def _serve(args: argparse.Namespace) -> int:
+    api_key = args.api_key or os.environ.get("LOCOCO_API_KEY") or None
+    if not api_key and not _is_loopback(args.host):
+        print(f"note: others can reach {args.host}, and no key is asked of them; see --api-key", file=sys.stderr)
+    limits = Limits(**{name: getattr(args, name) for name in Limits.__dataclass_fields__})
+    llm = LLM(args.bundle, device=args.device, backend=args.backend, num_threads=args.threads)
+    app = create_app(
+        llm,
+        limits=limits,
+        model_name=args.model_name or args.bundle.resolve().name,
+        api_key=api_key,
+        state_dir=args.state_dir,
+    )
+    config = uvicorn.Config(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=args.drain_timeout,
+        server_header=False,
+    )
+    # uvicorn sends itself the signal again when it has drained; being asked to end is no failure
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    server = uvicorn.Server(config)
+    server.run()
+    return 0 if server.started else 1
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,269 @@
+"""Requests to sessions: a fixed number run, a bounded number wait, and all end when their client or their time does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lococo_runtime import (
+    LLM,
+    AsyncCompletionStream,
+    CompletionChunk,
+    CompletionOutput,
+    CompletionStream,
+    Grammar,
+    InvalidArgumentError,
+    SamplingParams,
+    Session,
+)
+from starlette.types import Receive
+
+from .errors import ApiError, ClientGoneError
+from .metrics import Metrics
+from .snapshots import Origin, Snapshots
+
+log = logging.getLogger("lococo_server")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server allows.
+
+    Attributes:
+        sessions: requests that run at once; each has a session of its own.
+        queue: requests that wait for one of them; beyond, 429.
+        keep: conversations whose state is kept for their next turn; 0 keeps none.
+        body_bytes: of a request; beyond, 413.
+        body_seconds: for a body to arrive; beyond, 408.
+        prompt_tokens: of a request; beyond, 400.
+        new_tokens: of an answer, and the default of a chat; asking for more is a 400.
+        seconds: for a request from its first byte to its last, waiting included; beyond, 504.
+
+    Raises:
+        InvalidArgumentError: a value out of range.
+    """
+
+    sessions: int = 8
+    queue: int = 64
+    keep: int = 16
+    body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
+    prompt_tokens: int = 1 << 17
+    new_tokens: int = 4096
+    seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, low in (("sessions", 1), ("queue", 0), ("keep", 0), ("body_bytes", 1), ("prompt_tokens", 1)):
+            if getattr(self, name) < low:
+                raise InvalidArgumentError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        for name in ("new_tokens", "body_seconds", "seconds"):
+            if not 0 < getattr(self, name) < 2**31:
+                raise InvalidArgumentError(f"{name}: expected more than 0, got {getattr(self, name)}")
+
+
+class Lifetime:
+    """A request's: it is over when the client has gone or the time is up.
+
+    Args:
+        receive: the request's, its body read; the next message is that the client has gone.
+        seconds: from now on.
+    """
+
+    def __init__(self, receive: Receive, seconds: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.began = self._loop.time()
+        self._over: asyncio.Future[None] = self._loop.create_future()
+        self.reason: ApiError | ClientGoneError | None = None
+        late = ApiError(504, f"the request took more than {seconds:g} s; ask for fewer tokens", code="timeout")
+        self._deadline = self.began + seconds
+        self._timer = self._loop.call_at(self._deadline, self._end, late)
+        self._watch = asyncio.create_task(self._wait_for_disconnect(receive))
+
+    async def wait(self, awaited: asyncio.Future[T]) -> T:
+        """The result of a future, or `reason` raised."""
+        futures: set[asyncio.Future[Any]] = {awaited, self._over}
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+        if not awaited.done() and self.reason is not None:
+            raise self.reason
+        return awaited.result()
+
+    def when_over(self, call: Callable[[], object]) -> None:
+        """Calls it once, when the request is over before it has ended."""
+        self._over.add_done_callback(lambda future: None if future.cancelled() else call())
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the time is up."""
+        return max(0.0, self._deadline - self._loop.time())
+
+    def close(self) -> None:
+        """The request has ended."""
+        self._timer.cancel()
+        self._watch.cancel()
+        self._over.cancel()
+
+    def _end(self, reason: ApiError | ClientGoneError) -> None:
+        if not self._over.done():
+            self.reason = reason
+            self._over.set_result(None)
+
+    async def _wait_for_disconnect(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._end(ClientGoneError())
+
+
+@dataclass
+class Work:
+    """What a request asks for.
+
+    text: of the prompt, special tokens written out, if the conversation may continue; None keeps nothing.
+    output: what has been made of it so far.
+    """
+
+    ids: list[int]
+    params: SamplingParams
+    grammar: Grammar | None = None
+    text: str | None = None
+    output: CompletionOutput | None = None
+
+
+class Engine:
+    """Sessions of one bundle, and who has them. To be used in one event loop.
+
+    Args:
+        llm: the bundle; closed with the engine.
+        limits: sessions, queue, keep.
+        state_dir: where kept conversations are written; None keeps them in memory.
+        metrics: counts what happens.
+
+    Raises:
+        see `SessionPool`.
+    """
+
+    def __init__(
+        self, llm: LLM, limits: Limits, *, state_dir: str | os.PathLike[str] | None = None, metrics: Metrics
+    ) -> None:
+        self.llm, self.limits, self.metrics = llm, limits, metrics
+        self._snapshots = None
+        if limits.keep:
+            self._snapshots = Snapshots(
+                llm, keep=limits.keep, directory=state_dir, in_memory=limits.sessions, metrics=metrics
+            )
+        self._free = [llm.model.session() for _ in range(limits.sessions)]
+        self._waiting: deque[asyncio.Future[Session]] = deque()
+        self._executor = ThreadPoolExecutor(limits.sessions, thread_name_prefix="lococo-serve")
+        self._mean_seconds = 1.0  # of a request, moving
+        metrics.state_bytes.set(llm.model.state_bytes)
+
+    async def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Runs a function in one of the engine's threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    async def chunks(self, work: Work, life: Lifetime) -> AsyncGenerator[CompletionChunk, None]:
+        """A chunk for every token. Close it, or read it to its end.
+
+        Raises:
+            ApiError: the queue is full (429), the time is up (504).
+            ClientGoneError: nobody waits for it any more; it has stopped.
+        """
+        loop = asyncio.get_running_loop()
+        session = await self._acquire(life)
+        began = loop.time()
+        self.metrics.queue_seconds.observe(began - life.began)
+        self.metrics.running.inc()
+        try:
+            stream, origin = await self.call(self._begin, session, work)
+            chunks = AsyncCompletionStream(stream, self._executor)
+            life.when_over(stream.cancel)
+            last = 0.0
+            try:
+                while (chunk := await chunks.next_chunk()) is not None:
+                    if chunk.finish_reason == "cancelled":
+                        raise life.reason or ClientGoneError()
+                    now = loop.time()
+                    if last:
+                        self.metrics.token_seconds.observe(now - last)
+                    else:
+                        self.metrics.first_token_seconds.observe(now - life.began)
+                    last = now
+                    if chunk.finish_reason is not None:  # kept before the client can ask for the next turn
+                        await self.call(self._keep, session, stream, origin)
+                    work.output = stream.output if chunk.finish_reason is not None else None
+                    yield chunk
+            finally:
+                await chunks.aclose()
+                self._count(stream)
+        except ClientGoneError:
+            self.metrics.cancelled.inc()
+            raise
+        finally:
+            self.metrics.running.dec()
+            self._mean_seconds += (loop.time() - began - self._mean_seconds) / 8
+            self._release(session)
+
+    def _begin(self, session: Session, work: Work) -> tuple[CompletionStream, Origin | None]:
+        session.reset()
+        if work.text is None or self._snapshots is None:
+            return self.llm.generate_stream(work.ids, work.params, grammar=work.grammar, session=session), None
+        origin = self._snapshots.load(session, work.ids, work.text)
+        return self.llm.generate_stream(origin.rest, work.params, grammar=work.grammar, session=session), origin
+
+    def _keep(self, session: Session, stream: CompletionStream, origin: Origin | None) -> None:
+        if self._snapshots is not None and origin is not None and stream.read_ids is not None:
+            self._snapshots.save(session, origin, stream.read_ids)
+
+    def _count(self, stream: CompletionStream) -> None:
+        output = stream.output
+        self.metrics.prompt_tokens.inc(output.num_prompt_tokens)
+        self.metrics.cached_tokens.inc(output.num_cached_tokens)
+        self.metrics.generated_tokens.inc(len(output.token_ids))
+
+    async def _acquire(self, life: Lifetime) -> Session:
+        if self._free:
+            return self._free.pop()
+        if len(self._waiting) >= self.limits.queue:
+            seconds = math.ceil(self._mean_seconds * (len(self._waiting) + 1) / self.limits.sessions)
+            raise ApiError(
+                429,
+                f"{len(self._waiting)} requests are waiting already; try again later",
+                code="queue_full",
+                headers={"Retry-After": str(max(1, seconds))},
+            )
+        waiter: asyncio.Future[Session] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        self.metrics.waiting.set(len(self._waiting))
+        try:
+            return await life.wait(waiter)
+        except BaseException:
+            if waiter.done():
+                self._release(waiter.result())
+            else:
+                self._waiting.remove(waiter)
+            raise
+        finally:
+            self.metrics.waiting.set(len(self._waiting))
+
+    def _release(self, session: Session) -> None:
+        if self._waiting:
+            self._waiting.popleft().set_result(session)
+        else:
+            self._free.append(session)
+
+    async def close(self) -> None:
+        """Writes kept conversations and frees everything; no request may be running."""
+        await asyncio.get_running_loop().run_in_executor(None, self._executor.shutdown)
+        if self._snapshots is not None:
+            self._snapshots.close()
+        for session in self._free:
+            session.close()
+        self.llm.close()

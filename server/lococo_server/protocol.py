@@ -1,0 +1,321 @@
+"""OpenAI's completions and chat completions: what comes in, and what goes out."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Annotated, Any, Literal
+
+from lococo_runtime import LLM, CompletionChunk, CompletionOutput, Grammar, SamplingParams, TokenLogprobs
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .errors import ApiError
+
+Json = dict[str, Any]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Model(BaseModel):
+    """Unknown fields are refused, null is a field that is not given, and nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+class TextPart(_Model):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Model):
+    """Something that was said. `developer` is another word for `system`; parts are joined by line ends."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] = ""
+    name: str | None = None
+
+    def for_template(self) -> Json:
+        """As chat templates read it."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        message: Json = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+class StreamOptions(_Model):
+    """With include_usage, a last chunk has the usage."""
+
+    include_usage: bool = False
+
+
+class NamedSchema(_Model):
+    """A JSON schema. It is always enforced, `strict` or not."""
+
+    name: str
+    schema_: Json = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Model):
+    """Text, any JSON object, or JSON that is valid under a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    def grammar(self) -> Grammar | None:
+        """What the answer is held to. Raises ApiError."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ApiError(400, "response_format: json_schema goes with type json_schema", param="response_format")
+        if self.json_schema is not None:
+            return Grammar.json_schema(self.json_schema.schema_)
+        return Grammar.json_schema({"type": "object"}) if self.type == "json_object" else None
+
+
+class _Request(_Model):
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] = 1
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: str | list[str] = []
+    # of ours, under the names that other servers have given them
+    top_k: NonNegative = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    typical_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    stop_token_ids: list[NonNegative] = []
+    ignore_eos: bool = False
+
+    def _params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options: only with stream", param="stream_options")
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias={int(token_id): bias for token_id, bias in self.logit_bias.items()},
+            seed=secrets.randbits(64) if self.seed is None else self.seed % 2**64,
+            max_tokens=max_tokens,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _allowed(max_tokens: int, limit: int, name: str) -> int:
+    if max_tokens > limit:
+        raise ApiError(400, f"{name}: expected at most {limit}, got {max_tokens}", param=name, code="invalid_value")
+    return max_tokens
+
+
+class CompletionRequest(_Request):
+    """The body of /v1/completions. A prompt is a text or token ids, or a list of one such."""
+
+    prompt: str | list[NonNegative] | list[str] | list[list[NonNegative]]
+    max_tokens: NonNegative = 16
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Literal[1] = 1
+    echo: Literal[False] = False
+
+    def params(self, limit: int) -> SamplingParams:
+        """For the runtime. Raises ApiError, InvalidArgumentError."""
+        return self._params(_allowed(self.max_tokens, limit, "max_tokens"), self.logprobs)
+
+    def one_prompt(self) -> str | list[int]:
+        """The prompt, out of its list. Raises ApiError."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise ApiError(400, f"prompt: expected one, got {len(prompt)}; ask for each by itself", param="prompt")
+            prompt = prompt[0]
+        return prompt  # type: ignore[no-any-return]  # validated
+
+
+class ChatRequest(_Request):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: Json = {}
+    cache_prompt: bool = True
+
+    def params(self, limit: int) -> SamplingParams:
+        """For the runtime. Raises ApiError, InvalidArgumentError."""
+        given = {k: v for k in ("max_completion_tokens", "max_tokens") if (v := getattr(self, k)) is not None}
+        if len(set(given.values())) > 1:
+            raise ApiError(400, "max_tokens: expected one of max_tokens and max_completion_tokens", param="max_tokens")
+        max_tokens = limit
+        for name, value in given.items():
+            max_tokens = _allowed(value, limit, name)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")
+        return self._params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+class _Answer:
+    """Makes the JSON of one answer, whole or chunk by chunk.
+
+    Args:
+        llm: the bundle.
+        request: the body.
+        params: what was made of it.
+    """
+
+    prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(self, llm: LLM, request: _Request, params: SamplingParams) -> None:
+        self._detokenizer = llm.detokenizer
+        self._ends = {*params.stop_token_ids, *(() if params.ignore_eos else llm.model.manifest.model.eos_token_ids)}
+        self._with_logprobs = params.logprobs is not None
+        self._head: Json = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": request.model,
+            "system_fingerprint": f"lococo-{llm.model.manifest.bundle_id[:16]}",
+        }
+
+    def _envelope(self, kind: str, choices: list[Json], **more: Json | None) -> Json:
+        return {**self._head, "object": kind, "choices": choices, **more}
+
+    def _entries(self, logprobs: list[TokenLogprobs]) -> list[TokenLogprobs]:
+        """Those of text: a token that ends an answer has none."""
+        return [entry for entry in logprobs if entry.token_id not in self._ends]
+
+    def _token(self, token_id: int) -> tuple[str, bytes]:
+        """A token's text, and its bytes, which may be a part of a character."""
+        raw = self._detokenizer.token_bytes(token_id)
+        try:
+            return raw.decode(), raw
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+
+    def begin(self) -> list[Json]:
+        """What a stream begins with."""
+        return []
+
+    def chunk(self, chunk: CompletionChunk) -> Json | None:
+        """A chunk of a stream, or None if the token adds nothing yet."""
+        logprobs = None if chunk.logprobs is None else self._entries([chunk.logprobs])
+        if not (chunk.text or logprobs or chunk.finish_reason):
+            return None
+        choice = {**self._delta(chunk.text), **self._tail(logprobs), "finish_reason": chunk.finish_reason}
+        return self._envelope(self.chunk_object, [choice])
+
+    def usage_chunk(self, output: CompletionOutput) -> Json:
+        """The last chunk of a stream that was asked for its usage."""
+        return self._envelope(self.chunk_object, [], usage=usage(output))
+
+    def whole(self, output: CompletionOutput) -> Json:
+        """The answer."""
+        logprobs = None if output.logprobs is None else self._entries(output.logprobs)
+        choice = {**self._message(output.text), **self._tail(logprobs), "finish_reason": output.finish_reason}
+        return self._envelope(self.object, [choice], usage=usage(output))
+
+    def _tail(self, logprobs: list[TokenLogprobs] | None) -> Json:
+        return {"index": 0, "logprobs": self._logprobs(logprobs) if logprobs or self._with_logprobs else None}
+
+    def _delta(self, text: str) -> Json:
+        raise NotImplementedError
+
+    def _message(self, text: str) -> Json:
+        raise NotImplementedError
+
+    def _logprobs(self, entries: list[TokenLogprobs] | None) -> Json:
+        raise NotImplementedError
+
+
+class CompletionAnswer(_Answer):
+    """Of /v1/completions."""
+
+    prefix = "cmpl"
+    object = chunk_object = "text_completion"
+    _offset = 0
+
+    def _delta(self, text: str) -> Json:
+        return {"text": text}
+
+    def _message(self, text: str) -> Json:
+        return {"text": text}
+
+    def _logprobs(self, entries: list[TokenLogprobs] | None) -> Json:
+        tokens = [self._token(entry.token_id)[0] for entry in entries or ()]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry.logprob for entry in entries or ()],
+            "top_logprobs": [{self._token(i)[0]: p for i, p in entry.top.items()} for entry in entries or ()],
+            "text_offset": offsets,
+        }
+
+
+class ChatAnswer(_Answer):
+    """Of /v1/chat/completions."""
+
+    prefix = "chatcmpl"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def begin(self) -> list[Json]:
+        """The role."""
+        choice = {"delta": {"role": "assistant", "content": ""}, **self._tail(None), "finish_reason": None}
+        return [self._envelope(self.chunk_object, [{**choice, "logprobs": None}])]
+
+    def _delta(self, text: str) -> Json:
+        return {"delta": {"content": text} if text else {}}
+
+    def _message(self, text: str) -> Json:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _logprobs(self, entries: list[TokenLogprobs] | None) -> Json:
+        def entry(token_id: int, logprob: float) -> Json:
+            text, raw = self._token(token_id)
+            return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+        return {
+            "content": [
+                {**entry(e.token_id, e.logprob), "top_logprobs": [entry(i, p) for i, p in e.top.items()]}
+                for e in entries or ()
+            ],
+            "refusal": None,
+        }
+
+
+def usage(output: CompletionOutput) -> Json:
+    """Tokens read and generated; the token that ended the answer counts."""
+    return {
+        "prompt_tokens": output.num_prompt_tokens,
+        "completion_tokens": len(output.token_ids),
+        "total_tokens": output.num_prompt_tokens + len(output.token_ids),
+        "prompt_tokens_details": {"cached_tokens": output.num_cached_tokens},
+    }

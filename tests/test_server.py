@@ -1,0 +1,605 @@
+"""lococo-serve as its clients see it: a process, the openai client, and sockets that misbehave."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from lococo_runtime import LLM, SamplingParams
+from test_llm import EOS, make_text_bundle
+
+LETTERS = {str(i): 100 for i in range(64, 90)}  # byte tokens of ASCII characters: text that encodes as it was written
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+SECONDS = 60  # for anything to happen; nothing here takes that long
+
+
+class Server:
+    """A lococo-serve process on a free port."""
+
+    def __init__(self, bundle: Path, *options: str, **environment: str) -> None:
+        command = [sys.executable, "-m", "lococo_server", str(bundle), "--port", "0", "--threads", "1", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.lines: list[str] = []
+        self.port = 0
+        for line in self.process.stderr or ():
+            self.lines.append(line)
+            if found := re.search(r"running on http://127.0.0.1:(\d+)", line):
+                self.port = int(found[1])
+                break
+        else:
+            raise RuntimeError("".join(self.lines))
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr or ()))
+        self._reader.start()
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=SECONDS)
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body, by a client that sends what it is told to."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        with contextlib.closing(connection):
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, path, body, {"Content-Type": "application/json", **named})
+            answer = connection.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int, dict[str, str], Any]:
+        status, answer_headers, data = self.request("POST", path, json.dumps(body).encode(), **headers)
+        return status, answer_headers, json.loads(data)
+
+    def metric(self, name: str) -> float:
+        found = re.search(rf"^{name} (\S+)$", self.request("GET", "/metrics")[2].decode(), re.MULTILINE)
+        assert found, name
+        return float(found[1])
+
+    def wait_for(self, name: str, value: float) -> None:
+        end = time.monotonic() + SECONDS
+        while self.metric(name) != value:
+            assert time.monotonic() < end, f"{name}: {self.metric(name)}, not {value}"
+            time.sleep(0.02)
+
+    def socket(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(SECONDS)
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+
+@contextlib.contextmanager
+def serving(bundle: Path, *options: str, **environment: str) -> Iterator[Server]:
+    server = Server(bundle, *options, **environment)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_bundle(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="module")
+def llm(bundle: Path) -> Iterator[LLM]:
+    with LLM(bundle) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path) -> Iterator[Server]:
+    with serving(bundle, "--sessions", "4", "--max-new-tokens", "100000", "--body-timeout", "2") as running:
+        yield running
+        assert running.stop() == 0
+        assert not [line for line in running.lines if "Traceback" in line]
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with server.client() as opened:
+        yield opened
+
+
+def completion_body(**changes: Any) -> dict[str, Any]:
+    return {"model": "bundle", "prompt": "Hello", "max_tokens": 5, **changes}
+
+
+def chat_body(**changes: Any) -> dict[str, Any]:
+    return {"model": "bundle", "messages": HELLO, "max_tokens": 5, **changes}
+
+
+def endless(**changes: Any) -> dict[str, Any]:
+    """A request that does not end by itself within a test."""
+    return completion_body(max_tokens=100_000, stream=True, **{"ignore_eos": True, **changes})
+
+
+# --- what is answered ------------------------------------------------------------------------------------------------
+
+
+def test_models(server: Server, client: openai.OpenAI, llm: LLM) -> None:
+    (model,) = client.models.list().data
+    assert model.id == client.models.retrieve("bundle").id == "bundle"
+    assert model.model_dump()["state_bytes"] == llm.model.state_bytes
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("another")
+
+
+def test_a_completion_is_the_runtime_s(client: openai.OpenAI, llm: LLM) -> None:
+    """Every sampling parameter arrives."""
+    named: dict[str, Any] = {"temperature": 0.9, "top_p": 0.8, "seed": 7, "presence_penalty": 0.5}
+    named |= {"frequency_penalty": 0.3, "stop": ["zz", "@"]}
+    ours: dict[str, Any] = {"top_k": 50, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.1}
+    ours |= {"stop_token_ids": [3, 250], "ignore_eos": True}
+    bias = {65: 3.0, 66: -100.0}
+    expected = llm.generate("Hello", SamplingParams(max_tokens=40, logit_bias=bias, **named, **ours))
+    for prompt in ("Hello", ["Hello"], llm.encode("Hello"), [llm.encode("Hello")]):
+        out = client.completions.create(
+            model="bundle",
+            prompt=prompt,
+            max_tokens=40,
+            logit_bias={str(k): int(v) for k, v in bias.items()},
+            extra_body=ours,
+            **named,
+        )
+        assert out.choices[0].text == expected.text
+        assert out.choices[0].finish_reason == expected.finish_reason
+        assert out.usage is not None
+        assert (out.usage.prompt_tokens, out.usage.completion_tokens) == (5, len(expected.token_ids))
+
+
+def test_a_chat_is_the_runtime_s(client: openai.OpenAI, llm: LLM) -> None:
+    messages: list[Any] = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+    ]
+    same = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one\ntwo"}]
+    expected = llm.chat(same, SamplingParams(temperature=1.0, seed=3, max_tokens=30))
+    for name in ("max_tokens", "max_completion_tokens"):
+        out = client.chat.completions.create(model="bundle", messages=messages, seed=3, **{name: 30})  # type: ignore
+        assert out.choices[0].message.content == expected.text
+        assert out.choices[0].message.role == "assistant"
+        assert out.choices[0].finish_reason == expected.finish_reason
+
+
+def test_streams_add_up(client: openai.OpenAI) -> None:
+    body = chat_body(max_tokens=30, seed=2, logprobs=True, top_logprobs=2)
+    whole = client.chat.completions.create(**body)
+    chunks = list(client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    choices = [chunk.choices[0] for chunk in chunks[:-1]]
+    assert "".join(c.delta.content or "" for c in choices) == whole.choices[0].message.content
+    assert [c.finish_reason for c in choices if c.finish_reason] == [whole.choices[0].finish_reason]
+    entries = [entry for c in choices if c.logprobs for entry in c.logprobs.content or ()]
+    assert entries == whole.choices[0].logprobs.content
+
+    body = completion_body(max_tokens=30, seed=2, logprobs=2)
+    text = client.completions.create(**body)
+    pieces = list(client.completions.create(**body, stream=True))
+    assert "".join(c.choices[0].text for c in pieces) == text.choices[0].text
+    assert [t for c in pieces for t in c.choices[0].logprobs.tokens] == text.choices[0].logprobs.tokens
+    assert [t for c in pieces for t in c.choices[0].logprobs.text_offset] == text.choices[0].logprobs.text_offset
+
+
+def test_the_stream_is_server_sent_events(server: Server) -> None:
+    body = json.dumps(chat_body(stream=True)).encode()
+    status, headers, data = server.request("POST", "/v1/chat/completions", body)
+    assert (status, headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
+    events = data.decode().split("\n\n")
+    assert events.pop() == ""
+    assert events.pop() == "data: [DONE]"
+    assert {json.loads(event.removeprefix("data: "))["object"] for event in events} == {"chat.completion.chunk"}
+
+
+def test_logprobs_are_the_runtime_s(client: openai.OpenAI, llm: LLM) -> None:
+    sampling = SamplingParams(temperature=1.0, seed=4, max_tokens=8, ignore_eos=True, logprobs=3)
+    expected = llm.generate("Hello", sampling).logprobs or []
+    out = client.completions.create(
+        **completion_body(max_tokens=8, seed=4, logprobs=3, extra_body={"ignore_eos": True})
+    )
+    logprobs = out.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs == [e.logprob for e in expected]
+    assert [list(top.values()) for top in logprobs.top_logprobs or ()] == [list(e.top.values()) for e in expected]
+    chat = client.chat.completions.create(**chat_body(max_tokens=30, seed=1, logprobs=True, logit_bias=LETTERS))
+    assert chat.choices[0].logprobs is not None
+    content = chat.choices[0].logprobs.content or []
+    assert "".join(entry.token for entry in content) == chat.choices[0].message.content
+    assert [bytes(entry.bytes or ()).decode() for entry in content] == [entry.token for entry in content]
+
+
+def test_stop_ends_before_the_text(client: openai.OpenAI) -> None:
+    body = completion_body(max_tokens=60, seed=1, logit_bias=LETTERS)
+    full = client.completions.create(**body).choices[0].text
+    stop = full[20:22]
+    out = client.completions.create(**body, stop=stop)
+    assert out.choices[0].text == full[: full.index(stop)]
+    assert out.choices[0].finish_reason == "stop"
+    ended = client.completions.create(**completion_body(logit_bias={str(EOS): 100}))
+    assert (ended.choices[0].text, ended.choices[0].finish_reason) == ("", "stop")
+
+
+def test_seeds(client: openai.OpenAI) -> None:
+    def text(**changes: Any) -> str:
+        return client.completions.create(**completion_body(max_tokens=20, **changes)).choices[0].text
+
+    assert text(seed=-5) == text(seed=-5) != text(seed=5)
+    assert text() != text()  # drawn anew where none is given
+    assert text(temperature=0) == text(temperature=0, seed=9)
+
+
+def test_answers_held_to_a_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    out = client.chat.completions.create(**chat_body(max_tokens=60, response_format=named))
+    assert isinstance(json.loads(out.choices[0].message.content or "")["a"], bool)
+    bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(**chat_body(response_format=bad))
+    assert error.value.param == "response_format"
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"tools": []}, "tools"),
+        ({"invented": 1}, "invented"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 100_001}, "max_tokens"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["a"] * 65}, "stop"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "stranger", "content": ""}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+        ({"stop": "\ud800"}, "stop"),
+        ({"stop_token_ids": [1000]}, "stop_token_ids"),
+    ],
+)
+def test_what_is_not_supported_is_named(server: Server, changes: dict[str, Any], param: str) -> None:
+    status, _, answer = server.post("/v1/chat/completions", chat_body(**changes))
+    assert status == 400, answer
+    assert (status, answer["error"]["type"], answer["error"]["param"]) == (400, "invalid_request_error", param)
+    assert param in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [260]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [2**70]}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"echo": True}, "echo"),
+        ({"best_of": 2}, "best_of"),
+        ({"suffix": "x"}, "suffix"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"seed": 2**64}, "seed"),
+    ],
+)
+def test_what_a_completion_refuses(server: Server, changes: dict[str, Any], param: str) -> None:
+    status, _, answer = server.post("/v1/completions", completion_body(**changes))
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+def test_errors_are_the_client_s_own(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(**chat_body(n=2))
+    assert (bad.value.param, bad.value.code) == ("n", "invalid_value")
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(**chat_body(model="gpt"))
+    assert missing.value.code == "model_not_found"
+    assert client.chat.completions.create(**chat_body(n=1, stop=None, max_tokens=1)).choices
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"1" * 6000, b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe{}", b"null", b'"text"', b"\x00"],
+)
+def test_a_body_that_is_no_request(server: Server, body: bytes) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        status, _, answer = server.request("POST", path, body)
+        assert (status, json.loads(answer)["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_numbers_that_are_none(server: Server) -> None:
+    for number in ("NaN", "Infinity", "-Infinity", "1e999"):
+        body = f'{{"model": "bundle", "prompt": "a", "temperature": {number}}}'
+        assert server.request("POST", "/v1/completions", body.encode())[0] == 400
+
+
+def test_other_content_types_paths_and_methods(server: Server) -> None:
+    body = json.dumps(completion_body()).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json", ""):
+        assert server.request("POST", "/v1/completions", body, Content_Type=kind)[0] == 415
+    assert server.request("POST", "/v1/completions", body, Content_Type="Application/JSON; charset=utf-8")[0] == 200
+    for method, path, expected in (("GET", "/v1/completions", 405), ("GET", "/v1/nothing", 404), ("PUT", "/", 405)):
+        status, _, answer = server.request(method, path)
+        assert (status, json.loads(answer)["error"]["param"]) == (expected, None)
+    assert json.loads(server.request("GET", "/health")[2]) == {"status": "ok"}
+
+
+def test_a_large_body_is_refused(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError) as error:
+        client.completions.create(**completion_body(prompt="a" * 10_000_000))
+    assert error.value.status_code == 413
+    with server.socket() as s:  # announced, and never sent
+        s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000000\r\n\r\n")
+        assert b" 413 " in s.recv(1000)
+    assert server.post("/v1/completions", completion_body())[0] == 200
+
+
+def test_a_prompt_has_a_limit(bundle: Path) -> None:
+    with serving(bundle, "--max-prompt-tokens", "100", "--max-body-bytes", "2000") as server:
+        assert server.post("/v1/completions", completion_body(prompt="a" * 100))[0] == 200
+        status, _, answer = server.post("/v1/completions", completion_body(prompt="a" * 101))
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        messages = [{"role": "user", "content": "a" * 100}]
+        assert server.post("/v1/chat/completions", chat_body(messages=messages))[2]["error"]["param"] == "messages"
+        assert server.post("/v1/completions", completion_body(prompt="a" * 2000))[0] == 413
+
+
+def test_keys(bundle: Path) -> None:
+    with serving(bundle, LOCOCO_API_KEY="secret") as server:
+        for key in ("wrong", "secret2", "secre"):
+            with server.client(key) as client, pytest.raises(openai.AuthenticationError):
+                client.models.list()
+        for header in ("", "Bearer", "Bearer ", "Basic secret", "secret", "Bearer s\xe9cret"):
+            assert server.request("GET", "/v1/models", Authorization=header)[0] == 401
+        with server.client("secret") as client:
+            assert client.models.list().data
+        assert server.request("GET", "/health")[0] == 200
+
+
+# --- clients that misbehave ------------------------------------------------------------------------------------------
+
+
+def raw_request(body: dict[str, Any]) -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    return head.encode() + b"\r\n\r\n" + data
+
+
+def test_a_client_that_went_away_stops_its_request(server: Server) -> None:
+    before = server.metric("lococo_cancelled_total")
+    for n, stream in enumerate((True, False)):
+        with server.socket() as s:
+            s.sendall(raw_request(endless() | {"stream": stream}))
+            server.wait_for("lococo_running_requests", 1)
+            if stream:
+                assert b"data: " in s.recv(1 << 16)
+        server.wait_for("lococo_running_requests", 0)
+        assert server.metric("lococo_cancelled_total") == before + n + 1
+    generated = server.metric("lococo_generated_tokens_total")
+    time.sleep(0.1)
+    assert server.metric("lococo_generated_tokens_total") == generated
+
+
+def test_a_client_that_closes_its_stream(server: Server, client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        **completion_body(max_tokens=100_000, extra_body={"ignore_eos": True}), stream=True
+    )
+    next(iter(stream))
+    stream.close()
+    server.wait_for("lococo_running_requests", 0)
+
+
+def test_half_closed_and_broken_connections(server: Server) -> None:
+    with server.socket() as s:  # sends nothing more, and may still read
+        s.sendall(raw_request(endless()))
+        s.shutdown(socket.SHUT_WR)
+        server.wait_for("lococo_running_requests", 0)
+    with server.socket() as s:
+        s.sendall(raw_request(completion_body())[:-10])  # half a body
+    with server.socket() as s:
+        s.sendall(b"\x16\x03\x01\x02\x00\x01\x00" + bytes(500))  # TLS
+        assert b" 400 " in s.recv(1000)
+    with server.socket() as s:
+        s.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Le")
+    assert server.post("/v1/completions", completion_body())[0] == 200
+
+
+def test_a_slow_body_is_given_up(server: Server) -> None:
+    request = raw_request(completion_body())
+    with server.socket() as s:
+        s.sendall(request[:-10])
+        assert b" 408 " in s.recv(1000)
+    assert server.post("/v1/completions", completion_body())[0] == 200
+
+
+def test_a_client_that_reads_nothing_keeps_its_session_no_longer_than_allowed(bundle: Path) -> None:
+    with serving(bundle, "--sessions", "1", "--timeout", "2", "--max-new-tokens", "100000") as server:
+        with server.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            s.sendall(raw_request(endless(logprobs=20)))
+            server.wait_for("lococo_running_requests", 1)
+            assert server.post("/v1/completions", completion_body())[0] in (200, 504)
+            server.wait_for("lococo_running_requests", 0)
+        assert server.post("/v1/completions", completion_body())[0] == 200
+
+
+# --- many at once ----------------------------------------------------------------------------------------------------
+
+
+def test_concurrent_streams_equal_solo_runs(server: Server, client: openai.OpenAI) -> None:
+    def stream(i: int) -> str:
+        body = completion_body(prompt=f"{i} is a number", max_tokens=40, seed=i, stream=True)
+        if i % 2:
+            body = chat_body(messages=[{"role": "user", "content": f"Say {i}"}], max_tokens=40, seed=i, stream=True)
+            return "".join(c.choices[0].delta.content or "" for c in client.chat.completions.create(**body))
+        return "".join(c.choices[0].text for c in client.completions.create(**body))
+
+    with ThreadPoolExecutor(32) as threads:
+        together = list(threads.map(stream, range(32)))
+    assert together == [stream(i) for i in range(32)]
+    assert len(set(together)) == 32
+
+
+def test_the_queue_is_bounded(bundle: Path) -> None:
+    options = ("--sessions", "1", "--max-queue", "1", "--max-new-tokens", "100000")
+    with serving(bundle, *options) as server, server.client() as client, server.socket() as running:
+        running.sendall(raw_request(endless()))
+        server.wait_for("lococo_running_requests", 1)
+        with server.socket() as waiting:
+            waiting.sendall(raw_request(endless()))
+            server.wait_for("lococo_waiting_requests", 1)
+            with pytest.raises(openai.RateLimitError) as error:
+                client.completions.create(**completion_body())
+            assert int(error.value.response.headers["retry-after"]) >= 1
+        server.wait_for("lococo_waiting_requests", 0)  # it went away
+        with ThreadPoolExecutor(1) as thread:
+            answer = thread.submit(client.completions.create, **completion_body())
+            server.wait_for("lococo_waiting_requests", 1)
+            running.close()
+            assert answer.result().choices
+
+
+def test_time_is_limited(bundle: Path) -> None:
+    options = ("--sessions", "1", "--timeout", "1", "--max-new-tokens", "100000")
+    body = completion_body(max_tokens=100_000, logit_bias=LETTERS)
+    with serving(bundle, *options) as server, server.client() as client:
+        with pytest.raises(openai.InternalServerError) as error:
+            client.completions.create(**body)
+        assert error.value.status_code == 504
+        stream = client.completions.create(**body, stream=True)
+        with pytest.raises(openai.APIError, match="more than 1 s"):
+            list(stream)
+        assert client.completions.create(**completion_body()).choices
+
+
+def test_sigterm_drains(bundle: Path) -> None:
+    with serving(bundle, "--sessions", "1") as server, server.client() as client, ThreadPoolExecutor(3) as threads:
+        body = completion_body(max_tokens=1000, logit_bias=LETTERS, seed=1)
+        expected = client.completions.create(**body).choices[0].text
+        answers = [threads.submit(client.completions.create, **body) for _ in range(3)]
+        server.wait_for("lococo_waiting_requests", 2)
+        assert server.stop() == 0
+        assert [answer.result().choices[0].text for answer in answers] == [expected] * 3
+        assert len(expected) == 1000
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+
+def next_turn(client: openai.OpenAI, messages: list[Any], **changes: Any) -> Any:
+    """Says something more; messages grow by that and by the answer."""
+    messages.append({"role": "user", "content": f"turn {len(messages)}"})
+    out = client.chat.completions.create(**chat_body(messages=messages, logit_bias=LETTERS, seed=1, **changes))
+    messages.append({"role": "assistant", "content": out.choices[0].message.content})
+    return out.usage
+
+
+def test_a_conversation_goes_on_from_its_snapshot(client: openai.OpenAI, server: Server) -> None:
+    messages: list[Any] = [{"role": "system", "content": "This begins the test of snapshots."}]
+    read = 0
+    for _ in range(4):
+        usage = next_turn(client, messages, max_tokens=20)
+        assert usage.prompt_tokens_details.cached_tokens == read
+        read = usage.total_tokens - 1  # all but the last token
+    earlier = messages[:3]  # another branch of it: the state of an earlier turn is still there
+    assert next_turn(client, earlier).prompt_tokens_details.cached_tokens > 0
+    fresh = next_turn(client, messages[:-2], extra_body={"cache_prompt": False})
+    assert fresh.prompt_tokens_details.cached_tokens == 0
+    stranger = [{"role": "system", "content": "This begins another test."}, *messages[1:-2]]
+    assert next_turn(client, stranger).prompt_tokens_details.cached_tokens == 0
+
+
+def test_an_answer_is_what_one_session_says(client: openai.OpenAI, llm: LLM) -> None:
+    """A continued conversation equals the runtime's own, turn by turn."""
+    from lococo_runtime import Chat
+
+    biases = {int(i): 100.0 for i in LETTERS}
+    sampling = SamplingParams(temperature=1.0, seed=1, max_tokens=20, logit_bias=biases)
+    messages: list[Any] = []
+    with Chat(llm) as chat:
+        for turn in range(5):
+            next_turn(client, messages, max_tokens=20)
+            assert messages[-1]["content"] == chat.send(f"turn {2 * turn}", sampling).text
+
+
+def test_kept_conversations_have_a_limit(bundle: Path) -> None:
+    with serving(bundle, "--keep", "2") as server, server.client() as client:
+        talks: list[list[Any]] = [[{"role": "system", "content": f"Talk {i}"}] for i in range(4)]
+        for talk in talks:
+            next_turn(client, talk)
+        assert server.metric("lococo_snapshots") == 2
+        assert next_turn(client, talks[3]).prompt_tokens_details.cached_tokens > 0
+        assert next_turn(client, talks[0]).prompt_tokens_details.cached_tokens == 0
+    with serving(bundle, "--keep", "0") as server, server.client() as client:
+        next_turn(client, talks[0])
+        assert next_turn(client, talks[0]).prompt_tokens_details.cached_tokens == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_kept_conversations_survive_the_process(bundle: Path, tmp_path: Path, number: signal.Signals) -> None:
+    options = ("--state-dir", str(tmp_path / "states"), "--sessions", "1")
+    talks: list[list[Any]] = [[{"role": "system", "content": f"Talk {i}"}] for i in range(4)]
+    with serving(bundle, *options) as server, server.client() as client:
+        for talk in talks:
+            next_turn(client, talk)
+        server.stop(number)
+    with serving(bundle, *options) as server, server.client() as client:
+        for talk in talks:
+            usage = next_turn(client, talk)
+            assert usage.prompt_tokens_details.cached_tokens > 30
+
+
+def test_a_damaged_state_is_forgotten(bundle: Path, tmp_path: Path) -> None:
+    talk: list[Any] = []
+    with serving(bundle, "--state-dir", str(tmp_path)) as server, server.client() as client:
+        next_turn(client, talk)
+    for file in tmp_path.glob("*.state"):
+        file.write_bytes(file.read_bytes()[:-100])
+    with serving(bundle, "--state-dir", str(tmp_path)) as server, server.client() as client:
+        assert next_turn(client, talk).prompt_tokens_details.cached_tokens == 0
+        assert server.metric("lococo_snapshot_errors_total") == 1
