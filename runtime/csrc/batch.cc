@@ -1,7 +1,7 @@
 #include "batch.h"
 
 #include <algorithm>
-#include <optional>
+#include <exception>
 
 #include "error.h"
 
@@ -66,17 +66,17 @@ void Batch::step(Session* const* sessions, const int32_t* ids, size_t n) {
     steps_.push_back({s.row(), ids[i], s.position(), s.live_slots()});
   }
   executor_->forward(steps_);
-  std::optional<Error> first;
+  std::exception_ptr first;
   for (size_t i = 0; i < n; ++i) {
     const Forward f = sessions[i]->next_step();
     try {
       f.fuses ? executor_->fuse(steps_[i]) : executor_->append(steps_[i]);
       sessions[i]->stepped(f, ids[i]);
-    } catch (const Error& e) {
-      if (!first) first = e;
+    } catch (const Error&) {
+      if (first == nullptr) first = std::current_exception();
     }
   }
-  if (first) throw Error(*first);
+  if (first != nullptr) std::rethrow_exception(first);
 }
 
 }  // namespace lococo

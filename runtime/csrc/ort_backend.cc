@@ -5,6 +5,7 @@
 #include <cstring>
 #include <deque>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <unordered_map>
@@ -52,8 +53,9 @@ class Arena {
   static uint64_t nbytes(uint64_t nbytes) { return nbytes + kAlignment; }
 
   [[nodiscard]] uint8_t* data() const {
-    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory_.get()) + kAlignment - 1) / kAlignment *
-                                      kAlignment);
+    void* data = memory_.get();
+    size_t space = 2 * kAlignment;
+    return static_cast<uint8_t*>(std::align(kAlignment, kAlignment, data, space));
   }
 
  private:
