@@ -25,7 +25,7 @@ def browser() -> Iterator[sync_api.Browser]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    bundle = make_text_bundle(tmp_path_factory.mktemp("page"))
+    bundle = make_text_bundle(tmp_path_factory.mktemp("page"), eos_token_id=None)  # answers until it is stopped
     with serving(bundle, "--max-new-tokens", "20000", LOCOCO_API_KEY="secret") as running:
         yield running
 
@@ -81,7 +81,6 @@ def test_what_is_said_is_text(page: sync_api.Page) -> None:
     say(page, "<img src=x onerror=alert(1)><b>bold</b>")
     sync_api.expect(page.locator(".user")).to_have_text("<img src=x onerror=alert(1)><b>bold</b>")
     assert page.locator("#log img, #log b").count() == 0
-    page.click("#stop")
 
 
 def test_an_error_is_shown_and_the_message_kept(page: sync_api.Page) -> None:
