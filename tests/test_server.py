@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 import openai
 import pytest
 from lococo_runtime import LLM, SamplingParams
-from test_llm import EOS, make_text_bundle
+from test_llm import EOS, ROOT, make_text_bundle
 
 LETTERS = {str(i): 100 for i in range(64, 90)}  # byte tokens of ASCII characters: text that encodes as it was written
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -603,3 +604,38 @@ def test_a_damaged_state_is_forgotten(bundle: Path, tmp_path: Path) -> None:
     with serving(bundle, "--state-dir", str(tmp_path)) as server, server.client() as client:
         assert next_turn(client, talk).prompt_tokens_details.cached_tokens == 0
         assert server.metric("lococo_snapshot_errors_total") == 1
+
+
+# --- the manual ------------------------------------------------------------------------------------------------------
+
+
+def manual(language: str) -> list[str]:
+    text = (ROOT / "docs" / "serving.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_manual_s_commands(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    address = f"127.0.0.1:{server.port}"
+    blocks = manual("python")
+    assert blocks
+    for block in blocks:
+        exec(compile(block.replace("127.0.0.1:8000", address), "serving.md", "exec"), {})
+    assert "completion_tokens" in capsys.readouterr().out
+    if shutil.which("curl") is None:
+        pytest.skip("curl is missing")
+    (commands,) = manual("bash")
+    script = "set -e\n" + commands.replace("127.0.0.1:8000", address)
+    out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert '"text_completion"' in out
+    assert "lococo_running_requests 0.0" in out
+
+
+def test_the_load_test(server: Server) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "load_test.py"), "--url", f"http://127.0.0.1:{server.port}"]
+    command += ["--clients", "4", "--seconds", "1", "--max-tokens", "8", "--pid", str(server.process.pid)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(result.stdout)
+    assert report["errors"] == 0
+    assert report["answers"] >= 4
+    assert report["first_token_ms"]["p50"] <= report["first_token_ms"]["p99"]
