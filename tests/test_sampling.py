@@ -178,6 +178,14 @@ def test_sums_that_meet_the_edge_exactly(session: Session, halvings: tuple[int, 
             np.testing.assert_allclose(np.sort(got), np.sort(want), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [5e-324, 1e-40, 1e-9])
+def test_the_least_share_keeps_one(session: Session, share: float) -> None:
+    """Also one that is 0 in float32."""
+    read_prompt_and_generate(session)
+    for params in (SamplingParams(temperature=1.0, top_p=share), SamplingParams(temperature=1.0, typical_p=share)):
+        assert np.count_nonzero(session.distribution(params)) == 1
+
+
 def test_greedy_takes_the_largest_after_penalties_bias_and_mask(session: Session) -> None:
     logits = np.zeros(96, np.float32)
     logits[[9, 20, 21, 22]] = 5, 4.9, 4.9, 4.8

@@ -291,7 +291,7 @@ void Sampler::keep_typical(double typical_p, float highest) {
   }
   const auto target = static_cast<float>(entropy);
   for (size_t i = 0; i < size_; ++i) order_[i] = sort_key(std::abs(surprise(i) - target), i);
-  const auto share = static_cast<float>(typical_p);
+  const float share = std::max(static_cast<float>(typical_p), FLT_MIN);  // 0 would be reached before any candidate
   const uint64_t cut = find_cut(
       size_, [&](size_t i) { return probability(i, sum); },
       [share](double mass) { return static_cast<float>(mass) >= share; });
