@@ -22,7 +22,7 @@ import onnxruntime
 import torch
 import transformers
 from lococo_bench.device import cpu_name
-from lococo_bench.measure import build_commit
+from lococo_bench.measure import build_commit, summary_ms
 from lococo_runtime import Model, Session
 from lococo_runtime._process import memory_bytes
 from lococo_runtime.llm import load_tokenizer
@@ -52,15 +52,7 @@ def interleave(sides: dict[str, Callable[[], object]], bursts: int) -> dict[str,
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    cuts = np.percentile(values, [50, 95, 99])
-    return {
-        "min_ms": min(values),
-        "p50_ms": float(cuts[0]),
-        "p95_ms": float(cuts[1]),
-        "p99_ms": float(cuts[2]),
-        "mean_ms": statistics.fmean(values),
-        "samples": len(values),
-    }
+    return {name if name == "samples" else f"{name}_ms": value for name, value in summary_ms(values).items()}
 
 
 class Steps:

@@ -5,8 +5,8 @@
 A plan has a table of settings of lococo-fit for all jobs, and jobs: `[[job]] name, seconds, stages = [{...}, ...]`.
 Each stage fits with its settings from the heads of the stage before, for its `steps`, or else for its share of the
 seconds: then steps are counted from a measurement before it, and what came out can be repeated with that number. A job
-without stages measures the baselines. Every figure is written as soon as it is there: OUT/NAME.json, the heads to
-OUT/NAME/.
+without stages measures the baselines. Every figure is written to the folder of --out as soon as it is there: to a JSON
+file named after the job, and the heads to a folder of that name.
 """
 
 from __future__ import annotations

@@ -163,9 +163,10 @@ def build_engines(
     manifest = read_manifest(bundle)
     kit = load_toolkit(recipe.flavour, verbose=verbose)
     kit.require_dtype(manifest.dtype)
+    creator = None
     if recipe.kernels == "lococo":
         require_shapes(manifest)
-        kit.plugin_creator()
+        creator = kit.plugin_creator()
     options = BuildOptions(
         recipe=recipe.name,
         weights=recipe.weights,
@@ -188,7 +189,7 @@ def build_engines(
         progress("checksums")
         check_files(bundle, manifest)
         with publish_directory(directory, force=force, marker=ENGINES_NAME) as staging:
-            work = _Work(bundle, manifest, kit, options, target, cache)
+            work = _Work(bundle, manifest, kit, options, target, cache, creator)
             builder = kit.create_builder(target.device)
             plans = tuple(work.build(builder, spec, staging, progress) for spec in _chosen(manifest, recipe))
             with (staging / plans[0].plan).open("rb") as f:
@@ -318,6 +319,7 @@ class _Work:
     options: BuildOptions
     target: Target
     timing_cache: Path | None
+    creator: Any = None  # of the plugin; None with TensorRT's own kernels
 
     def build(self, builder: Any, spec: GraphSpec, staging: Path, progress: Callable[[str], None]) -> PlanInfo:
         """Builds one plan into `staging`."""
@@ -366,7 +368,7 @@ class _Work:
 
     def _assemble(self, builder: Any, graph: KernelNetwork) -> Any:
         """A network of plugin nodes."""
-        trt, creator = self.kit.trt, self.kit.plugin_creator()
+        trt = self.kit.trt
         network = builder.create_network(self.kit.network_flags())
         tensors: dict[str, Any] = {}
         given = [*graph.inputs, *(TensorSpec(w.name, w.shape, w.dtype) for w in graph.weights)]
@@ -385,7 +387,7 @@ class _Work:
                                 trt.PluginFieldType.INT32),
                 trt.PluginField("shapes", np.array(shapes, np.int32), trt.PluginFieldType.INT32),
             ]  # fmt: skip
-            plugin = creator.create_plugin(node.name, trt.PluginFieldCollection(fields))
+            plugin = self.creator.create_plugin(node.name, trt.PluginFieldCollection(fields))
             if plugin is None:
                 raise BackendError(f"{node.name}: the plugin refuses it: {self.kit.log.summary()}")
             layer = network.add_plugin_v2([tensors[n] for n in node.inputs], plugin)

@@ -111,14 +111,10 @@ def kernel_network(
     """The nodes of graph `spec`.
 
     Args:
-        manifest, spec: of the bundle.
+        manifest, spec: of the bundle; `require_shapes` accepts it.
         weights: every tensor of the weights file that the graph's ONNX reads, by name.
         num_layers: keep only the first so many layers, for debugging; None keeps all.
-
-    Raises:
-        UnsupportedError: a shape that the kernels are not made for; says which.
     """
-    require_shapes(manifest)
     graph = _Graph(manifest, spec, weights, manifest.model.num_layers if num_layers is None else num_layers)
     build = {"decoder": graph.decoder, "fusion": graph.fusion, "lm_head": graph.lm_head}[spec.kind]
     nodes = tuple(build())
