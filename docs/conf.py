@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS), *(str(DOCS.parent / folder) for folder in ("", "engines", "runtime", "calibration"))]
+ROOMS = ("", "engines", "runtime", "calibration", "bench", "server")
+sys.path[:0] = [str(DOCS), *(str(DOCS.parent / room) for room in ROOMS)]
 
 project = "lococo-export"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "c_header"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_argparse_cli", "c_header"]
 html_theme = "furo"
 exclude_patterns = ["benchmarks"]
 suppress_warnings = ["myst.xref_missing"]  # links into the sources, for those who read these pages there

@@ -134,6 +134,7 @@ class Checkpoint:
     `tensors` holds the model's own weights under their Hugging Face names ("model.layers.0.self_attn.q_proj.weight"),
     without the heads, and without `lm_head.weight` where it is tied to the embedding. `heads` has one entry a layer for
     policy "lococo" and none for "h2o". `heads_ignored` records that the checkpoint has heads the policy does not use.
+    `geometry` is the network's, `config` the slot cache's; `format` names the kind of checkpoint found in `source_dir`.
     """
 
     geometry: ModelGeometry

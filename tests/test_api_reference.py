@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import importlib
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,16 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import COMMANDS, parser_of
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("lococo_runtime", "lococo_export", "lococo_engines", "lococo_calibration")
+PACKAGES = (
+    "lococo_runtime",
+    "lococo_export",
+    "lococo_engines",
+    "lococo_calibration",
+    "lococo_bench",
+    "lococo_server",
+)
+
+
+def anchors(page: Path) -> set[str]:
+    return set(re.findall(r'\bid="([^"]+)"', page.read_text(encoding="utf-8")))
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    return {name: parser_of(name) for name in COMMANDS}
 
 
 @pytest.fixture(scope="module")
 def c_header() -> Any:
     """docs/c_header.py"""
-    pytest.importorskip("clang.cindex", reason="needs libclang; install lococo-export[docs]")
-    pytest.importorskip("sphinx", reason="needs sphinx; install lococo-export[docs]")
+    for name in ("clang.cindex", "sphinx", "myst_parser", "furo", "sphinx_argparse_cli"):
+        pytest.importorskip(name, reason=f"needs {name}; install lococo-export[docs]")
     spec = importlib.util.spec_from_file_location("c_header", ROOT / "docs/c_header.py")
     assert spec is not None
     assert spec.loader is not None
@@ -83,6 +102,10 @@ def undocumented(package: str) -> Iterator[str]:
             ]
             if public and not any(said):
                 yield f"{package}.{name}.{member}"
+        for item in dataclasses.fields(value) if inspect.isclass(value) and dataclasses.is_dataclass(value) else ():
+            said = [f"\\b{item.name}\\b", text], [rf'^    {item.name}:[^\n]*\n    """', inspect.getsource(value)]
+            if not item.metadata.get("help") and not any(re.search(*words, re.MULTILINE) for words in said):
+                yield f"{package}.{name}.{item.name}"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -90,13 +113,24 @@ def test_every_public_python_name_has_a_docstring(package: str) -> None:
     assert list(undocumented(package)) == []
 
 
-def test_the_pages_build(c_header: Any, tmp_path: Path) -> None:
-    """Without a warning: a docstring that is no reStructuredText is one."""
-    for name in ("myst_parser", "furo"):
-        pytest.importorskip(name, reason=f"needs {name}; install lococo-export[docs]")
+def test_every_flag_has_a_help_text() -> None:
+    said = {f"{name} {a.option_strings or a.dest}": a.help for name, p in parsers().items() for a in p._actions}
+    assert len(said) > 100
+    assert [flag for flag, text in said.items() if not text] == []
+
+
+def test_the_pages_build_with_every_public_name(c_header: Any, tmp_path: Path) -> None:
+    """Without a warning: a docstring that is no reStructuredText is one, a page that is in no menu too."""
     command = (sys.executable, "-m", "sphinx", "-q", "-b", "html", "-W", "--keep-going", ROOT / "docs", tmp_path)
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    page = (tmp_path / "reference/c.html").read_text(encoding="utf-8")
-    assert 'id="c.lococo_session_prefill"' in page
-    assert 'id="lococo_runtime.Session.prefill"' in (tmp_path / "reference/python.html").read_text(encoding="utf-8")
+
+    python = {f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__}
+    assert python - anchors(tmp_path / "reference/python.html") == set()
+    header = c_header.read_header(ROOT / "runtime/include/lococo.h")
+    names = {f"c.{e.name}" for e in header} | {
+        f"c.{e.name}.{m.name}" for e in header for m in e.members if e.kind == "struct"
+    }
+    assert names - anchors(tmp_path / "reference/c.html") == set()
+    flags = {f"{name}-{flag}" for name, p in parsers().items() for a in p._actions for flag in a.option_strings}
+    assert flags - anchors(tmp_path / "reference/cli.html") == set()

@@ -250,6 +250,7 @@ class Bench:
         self._rate: float | None = None
 
     def close(self) -> None:
+        """Closes session and model."""
         self.session.close()
         self.model.close()
 

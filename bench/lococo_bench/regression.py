@@ -18,7 +18,7 @@ SUMMARIES = ("ttft_ms", "plain_step_ms", "fusion_step_ms", "window_ms_per_token"
 
 @dataclass(frozen=True)
 class Change:
-    """A median, then and now, in milliseconds."""
+    """The median of a `metric` of a `test`, then and now: `old_ms` and `new_ms`, in milliseconds."""
 
     test: str
     metric: str

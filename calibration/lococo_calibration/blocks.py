@@ -141,7 +141,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class FullCache:
-    """Keeps every column."""
+    """Keeps every column: `name`, `mem_size`, `capacity` and `decay` say that as every `Policy` does."""
 
     name: str = "full"
     mem_size: int = 0
@@ -154,7 +154,7 @@ class FullCache:
 
 @dataclass(frozen=True)
 class Fusion:
-    """LoCoCo with heads, one a layer; H2O (arXiv 2306.14048) without."""
+    """LoCoCo as `cache` says, with `heads`, one a layer; H2O (arXiv 2306.14048) without."""
 
     cache: LococoConfig
     heads: Sequence[FusionHead] = field(default=(), repr=False)
@@ -212,6 +212,13 @@ class Streaming:
 
     RoPE sees differences of positions alone, so instead of renumbering every column after an eviction the sinks are
     turned onwards by what was evicted, each time from the keys as read: no rounding accumulates.
+
+    Attributes:
+        model: whose RoPE it is.
+        mem_size: columns left by an eviction.
+        buffer: columns above `mem_size` before the next one.
+        num_sinks: first columns, always kept.
+        name, decay: as of every `Policy`.
     """
 
     model: ReferenceModel = field(repr=False)

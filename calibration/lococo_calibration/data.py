@@ -35,7 +35,11 @@ Window = tuple[int, int]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised documents, memory-mapped."""
+    """Tokenised documents, memory-mapped.
+
+    `tokens` holds all documents, one after the other, and `offsets` where each begins and the last one ends; `names`
+    are their files, `digests` the sha256 of their texts.
+    """
 
     tokens: npt.NDArray[np.uint32]  # (N,) all documents, one after the other
     offsets: npt.NDArray[np.int64]  # (documents + 1,) first token of each

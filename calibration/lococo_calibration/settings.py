@@ -25,7 +25,8 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Everything that decides what a run computes. Flags and the keys of a configuration file have these names.
+    """Everything that decides what a run computes. Flags and the keys of a configuration file have these names;
+    `lococo-fit --help` says what each is.
 
     Raises:
         ConfigError: naming the field, what was expected and what was given.

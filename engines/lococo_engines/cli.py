@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timing-cache-file", type=Path, metavar="F", help="default: in the user's cache folder")
     parser.add_argument("--builder-optimization-level", type=int, metavar="N", help="0 (quick build) to 5")
     parser.add_argument("--mem-pool-size", metavar="workspace:N", help="most scratch memory, such as workspace:512M")
-    parser.add_argument("--hardware-compatibility-level", choices=HARDWARE_COMPATIBILITY)
+    parser.add_argument("--hardware-compatibility-level", choices=HARDWARE_COMPATIBILITY, help="for other GPUs")
     parser.add_argument("--version-compatible", action="store_true", default=None, help="for other TensorRT versions")
     parser.add_argument(
         "--precision", choices=("none", "prefer"), help="TensorRT 8.6 only: prefer float32 where the ONNX has it"

@@ -93,7 +93,9 @@ class Engines:
         plan_version: from the plans' header, such as "8.6.0.12"; "" where its layout is not known.
         sm: compute capabilities the plans are for.
         gpu_name, cuda_version, l4t: where they were built; "" where there was no GPU, or no Jetson.
+        options: what they were built with.
         state_bytes: of one session's state, as in lococo.json.
+        plans: one a graph.
     """
 
     producer: str

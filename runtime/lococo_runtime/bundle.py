@@ -64,7 +64,10 @@ class LococoConfig:
 
     M = mem_size, mc = M - keep. A forward of q tokens appends q slots; when more than M + buffer are live, a fusion
     leaves exactly M: `keep - local_len` heavy hitters and the last `local_len` slots verbatim, and mc slots mixed by
-    the fusion heads (arXiv 2406.05317). Policy "h2o" keeps M slots verbatim and mixes none (arXiv 2306.14048).
+    the fusion heads (arXiv 2406.05317). With `policy` "h2o" it keeps M verbatim and mixes none (arXiv 2306.14048).
+    A prompt is read in forwards of up to `block_size` tokens. The heads of a layer are `num_conv_layers` convolutions
+    of width `kernel_size`, with `conv_expand` * mc channels between them, each followed by `activation`: "none",
+    "relu", "silu", "gelu" or "tanh".
 
     Raises:
         ConfigError: naming the field, what was expected and what was given.
@@ -270,7 +273,19 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`lococo.json`, whole."""
+    """`lococo.json`, whole.
+
+    Attributes:
+        producer: the program that wrote it, and its version.
+        model: the geometry of the network.
+        cache: the slot cache.
+        dtype: of weights and slots: "float32", "float16" or "bfloat16".
+        batch_size: of a state, always 1.
+        graphs: every ONNX graph, with its inputs and outputs.
+        files: path, bytes and sha256 of every file but the manifest.
+        tokenizer: which of the files hold tokenizer and chat template; None without them.
+        provenance: what it was made from, for people.
+    """
 
     producer: str
     model: ModelGeometry

@@ -79,7 +79,7 @@ def run_main(argv: Sequence[str] | None = None) -> int:
     sampling.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest up to this probability")
     sampling.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this times the likeliest")
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 = none (default)")
-    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text, or another"
     )

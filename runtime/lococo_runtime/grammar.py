@@ -24,10 +24,11 @@ Mask = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the generated text must be, as a whole: made by `json_schema` or `regex`."""
+    """What the generated text must be, as a whole: made by `json_schema` or `regex`, which is its `kind`."""
 
     kind: Literal["json_schema", "regex"]
     source: str
+    """The schema as JSON text, or the pattern."""
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="keep conversations on disk, over restarts")
     model = parser.add_argument_group("running the model")
     model.add_argument("--device", default="cpu", help="cpu, or cuda:0 and on with --backend tensorrt")
-    model.add_argument("--backend", default="onnxruntime", choices=["onnxruntime", "tensorrt"])
+    model.add_argument("--backend", default="onnxruntime", choices=["onnxruntime", "tensorrt"], help="(onnxruntime)")
     model.add_argument("--threads", type=int, default=0, help="0 = one per physical core")
     limits = parser.add_argument_group("limits")
 
