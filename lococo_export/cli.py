@@ -12,7 +12,7 @@ from typing import Any
 from lococo_runtime import InvalidArgumentError, UnsupportedError
 from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import ACTIVATIONS, POLICIES
-from lococo_runtime.cli import guarded, read_text, show_step
+from lococo_runtime.cli import backend_of, guarded, read_text, show_step
 
 DTYPE_FLAGS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -134,7 +134,7 @@ def _verify(args: argparse.Namespace) -> int:
     from .reference import ReferenceModel
     from .verify import Tolerance, checkpoint_of, perplexities, verify_bundle
 
-    backend = args.backend or ("onnxruntime" if args.device == "cpu" else "tensorrt")
+    backend = args.backend or backend_of(args.device)
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty():

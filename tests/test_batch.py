@@ -112,6 +112,7 @@ def test_same_tokens_as_alone_joined_and_left_at_any_step(bundle: Path) -> None:
     rng = np.random.default_rng(0)
     with Model(bundle) as model, Batch(model) as batch:
         assert batch.size == model.max_batch == SIZE
+        assert batch.implementation == "graph"
         together = [read(model, n, seed=n) for n in (1, 2, 7, 8, 13, 30, 61)]
         alone = [session.clone() for session in together]
         params = [

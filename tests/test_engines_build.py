@@ -93,6 +93,7 @@ def test_build(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"engines/{KEY}: 5 plans of " in captured.out
     assert "workspace known on the device" in captured.out
     assert "recipe rtx: ahead of time for sm86\n" in captured.err
+    assert "no engine of 2 sessions" in captured.err
     assert all(f"  {name}.plan: " in captured.err for name in GRAPHS)
     assert "peak host memory" in captured.err
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lococo_runtime import InvalidArgumentError
-from lococo_runtime.cli import guarded, show_step
+from lococo_runtime.cli import backend_of, guarded, show_step
 
 from .against import IMPLEMENTATIONS, Against, check_implementations, import_torch
 from .measure import Bench, Plan, Row
@@ -79,7 +79,7 @@ def _bench(args: argparse.Namespace) -> int:
         check_implementations(implementations)
         import_torch()
     baseline = read_rows(args.baseline) if args.baseline else None
-    backend = args.backend or ("onnxruntime" if args.device == "cpu" else "tensorrt")
+    backend = args.backend or backend_of(args.device)
     rows: list[Row] = []
 
     def add(row: Row) -> None:

@@ -190,6 +190,10 @@ def build_engines(
         check_files(bundle, manifest)
         with publish_directory(directory, force=force, marker=ENGINES_NAME) as staging:
             work = _Work(bundle, manifest, kit, options, target, cache, creator)
+            if manifest.max_batch > 1:
+                progress(
+                    f"no engine of {manifest.max_batch} sessions: batches take the engine of one, session by session"
+                )
             builder = kit.create_builder(target.device)
             plans = tuple(work.build(builder, spec, staging, progress) for spec in _chosen(manifest, recipe))
             with (staging / plans[0].plan).open("rb") as f:

@@ -49,8 +49,8 @@ class Executor {
   virtual void copy_from(Executor& other) = 0;
 };
 
-// The buffers of a batch: max_batch() rows, each the state of one sequence or idle. Methods throw Error; then the state
-// and the logits of every row that the call was about are as they were.
+// The buffers of a batch: Manifest::max_batch() rows, each the state of one sequence or idle. Methods throw Error; then
+// the state and the logits of every row that the call was about are as they were.
 class BatchExecutor {
  public:
   struct Step {  // one token of one row
@@ -91,11 +91,10 @@ class Backend {
   // Whether a forward can give the logits of every token.
   [[nodiscard]] virtual bool has_all_logits() const { return true; }
 
-  // Sequences that a batch steps together, 1: it has no batches; and what a batch allocates.
-  [[nodiscard]] virtual int32_t max_batch() const { return 1; }
-  [[nodiscard]] virtual uint64_t batch_bytes() const { return 0; }
-  // NULL without batches.
+  // NULL: it cannot run a batched graph, so a batch steps its sequences one by one, in executors of their own.
   virtual std::unique_ptr<BatchExecutor> create_batch() { return nullptr; }
+  // What a batch allocates; 0 where the bundle has no batched graph or the backend cannot run one.
+  [[nodiscard]] virtual uint64_t batch_bytes() const { return 0; }
 };
 
 struct BackendOptions {

@@ -13,10 +13,10 @@ Batch::Batch(std::shared_ptr<Model> model) : model_(std::move(model)) {
          "batch: the bundle has no batched graph; export it with --batch N to step N sessions at once");
   }
   executor_ = model_->backend->create_batch();
-  if (executor_ == nullptr) {
-    fail(LOCOCO_ERROR_UNSUPPORTED, "batch: this backend steps one session at a time; use backend \"onnxruntime\"");
+  if (is_loop()) {
+    log_line(LOCOCO_LOG_WARNING, "batch: this backend has no batched graphs; each session takes a forward of its own");
   }
-  rows_.resize(static_cast<size_t>(model_->backend->max_batch()));
+  rows_.resize(static_cast<size_t>(model_->manifest.max_batch()));
   steps_.reserve(rows_.size());
 }
 
@@ -40,7 +40,7 @@ void Batch::add(Session& session) {
     fail(LOCOCO_ERROR_INVALID_ARGUMENT, "batch: all %zu rows are taken; remove a session first", rows_.size());
   }
   const auto row = static_cast<int32_t>(free - rows_.begin());
-  session.enter_batch(*this, row, executor_->row(row));
+  session.enter_batch(*this, row, is_loop() ? nullptr : &executor_->row(row));
   *free = &session;
 }
 
@@ -48,12 +48,11 @@ void Batch::remove(Session& session) {
   check_member(session);
   session.leave_batch();
   rows_[static_cast<size_t>(session.row())] = nullptr;
-  executor_->row(session.row()).reset();  // a free row computes with zeros
+  if (!is_loop()) executor_->row(session.row()).reset();  // a free row computes with zeros
 }
 
 void Batch::step(Session* const* sessions, const int32_t* ids, size_t n) {
   if (n == 0) fail(LOCOCO_ERROR_INVALID_ARGUMENT, "sessions: expected at least one, got none");
-  steps_.clear();
   for (size_t i = 0; i < n; ++i) {
     const Session& s = *sessions[i];
     try {
@@ -63,6 +62,14 @@ void Batch::step(Session* const* sessions, const int32_t* ids, size_t n) {
     } catch (const Error& e) {
       fail(e.status(), "session %zu of %zu: %s; no session has read a token", i, n, e.what());
     }
+  }
+  is_loop() ? step_each(sessions, ids, n) : step_together(sessions, ids, n);
+}
+
+void Batch::step_together(Session* const* sessions, const int32_t* ids, size_t n) {
+  steps_.clear();
+  for (size_t i = 0; i < n; ++i) {
+    const Session& s = *sessions[i];
     steps_.push_back({s.row(), ids[i], s.position(), s.live_slots()});
   }
   executor_->forward(steps_);
@@ -75,6 +82,23 @@ void Batch::step(Session* const* sessions, const int32_t* ids, size_t n) {
     } catch (const Error&) {
       if (first == nullptr) first = std::current_exception();
     }
+  }
+  if (first != nullptr) std::rethrow_exception(first);
+}
+
+// All are started before the first is waited for, so that a device may run them side by side.
+void Batch::step_each(Session* const* sessions, const int32_t* ids, size_t n) {
+  std::exception_ptr first;
+  const auto attempt = [&](auto&& f) {
+    try {
+      f();
+    } catch (...) {  // of whatever kind: the others have begun
+      if (first == nullptr) first = std::current_exception();
+    }
+  };
+  for (size_t i = 0; i < n; ++i) attempt([&] { sessions[i]->start_step(ids[i]); });
+  for (size_t i = 0; i < n; ++i) {
+    if (!sessions[i]->dead) attempt([&] { sessions[i]->finish_step(ids[i]); });
   }
   if (first != nullptr) std::rethrow_exception(first);
 }

@@ -231,7 +231,7 @@ lococo_status lococo_model_get_info(const lococo_model* model, lococo_model_info
              m.mem_size,
              m.capacity,
              m.block_size,
-             backend.max_batch(),
+             m.max_batch(),
              m.state_bytes,
              model->impl->session_bytes(),
              backend.batch_bytes(),
@@ -591,6 +591,14 @@ lococo_status lococo_batch_remove(lococo_batch* batch, lococo_session* session) 
     require(session, "session");
     const Hold hold(session->impl);
     b.remove(session->impl);
+  });
+}
+
+lococo_status lococo_batch_get_implementation(const lococo_batch* batch, lococo_batch_implementation* implementation) {
+  return guarded([&] {
+    require(batch, "batch");
+    require(implementation, "implementation");
+    *implementation = batch->impl.is_loop() ? LOCOCO_BATCH_LOOP : LOCOCO_BATCH_GRAPH;
   });
 }
 

@@ -172,11 +172,10 @@ class OrtBackend final : public Backend {
   std::unique_ptr<Executor> create_executor() override;
   [[nodiscard]] uint64_t executor_bytes() const override { return Arena::nbytes(layout_.total_bytes); }
   [[nodiscard]] const std::vector<int32_t>& widths() const override { return manifest_.widths; }
-  [[nodiscard]] int32_t max_batch() const override { return manifest_.max_batch(); }
-  [[nodiscard]] uint64_t batch_bytes() const override {
-    return max_batch() > 1 ? Arena::nbytes(batch_layout_.total_bytes) : 0;
-  }
   std::unique_ptr<BatchExecutor> create_batch() override;
+  [[nodiscard]] uint64_t batch_bytes() const override {
+    return manifest_.batch_decoder ? Arena::nbytes(batch_layout_.total_bytes) : 0;
+  }
 
   [[nodiscard]] const Manifest& manifest() const { return manifest_; }
   // The state less position and past_length: logits, then the cache.
@@ -513,9 +512,7 @@ class OrtBatch final : public BatchExecutor {
   std::vector<Columns> columns_;  // of stored_[1...]
 };
 
-std::unique_ptr<BatchExecutor> OrtBackend::create_batch() {
-  return max_batch() > 1 ? std::make_unique<OrtBatch>(*this) : nullptr;
-}
+std::unique_ptr<BatchExecutor> OrtBackend::create_batch() { return std::make_unique<OrtBatch>(*this); }
 
 }  // namespace
 

@@ -50,15 +50,17 @@ void Session::check_alone() const {
   }
 }
 
-void Session::enter_batch(Batch& batch, int32_t row, Executor& state) {
-  state.copy_from(*own_);
-  executor_ = &state;
+void Session::enter_batch(Batch& batch, int32_t row, Executor* state) {
+  if (state != nullptr) {
+    state->copy_from(*own_);
+    executor_ = state;
+  }
   batch_ = &batch;
   row_ = row;
 }
 
 void Session::leave_batch() {
-  if (!dead) own_->copy_from(*executor_);
+  if (executor_ != own_.get() && !dead) own_->copy_from(*executor_);
   executor_ = own_.get();
   batch_ = nullptr;
 }
@@ -102,13 +104,7 @@ void Session::read_tokens(const int32_t* ids, size_t n, float* all_logits, bool 
   const int32_t* const first = ids;
   const int64_t start = position_;
   while (n > 0 && !(cancellable && cancelled.load(std::memory_order_relaxed))) {
-    const Forward f = cadence_.next(length_, n);
-    executor_->forward(f, ids, position_, length_, all_logits);
-    if (f.fuses) {
-      executor_->fuse(f, length_);
-    } else {
-      executor_->append(f, length_);
-    }
+    const Forward f = start_forward(ids, n, all_logits);
     advance(f);
     ids += f.n;
     n -= static_cast<size_t>(f.n);
@@ -127,6 +123,26 @@ void Session::fail_cancelled() const {
 void Session::stepped(const Forward& f, int32_t id) {
   token_counts_.read(&id, 1, position_);
   advance(f);
+}
+
+void Session::start_step(int32_t id) {
+  dead = true;
+  (void)start_forward(&id, 1, nullptr);
+  dead = false;
+}
+
+void Session::finish_step(int32_t id) {
+  dead = true;
+  executor_->finish();
+  stepped(next_step(), id);
+  dead = false;
+}
+
+Forward Session::start_forward(const int32_t* ids, size_t n, float* all_logits) {
+  const Forward f = cadence_.next(length_, n);
+  executor_->forward(f, ids, position_, length_, all_logits);
+  f.fuses ? executor_->fuse(f, length_) : executor_->append(f, length_);
+  return f;
 }
 
 void Session::advance(const Forward& f) {

@@ -54,8 +54,9 @@ class Session {
   void save(const std::string& path);
   void load(const std::string& path);
 
-  // For a batch: moves the state to a row of it, and back; what the next forward is; that it has read `id`.
-  void enter_batch(Batch& batch, int32_t row, Executor& state);
+  // For a batch: moves the state to a row of it (NULL: keeps it), and back; what the next forward is; that it has read
+  // `id`.
+  void enter_batch(Batch& batch, int32_t row, Executor* state);
   void leave_batch();
   [[nodiscard]] Batch* batch() const { return batch_; }  // NULL: in none
   [[nodiscard]] int32_t row() const { return row_; }
@@ -63,6 +64,9 @@ class Session {
   [[noreturn]] void fail_cancelled() const;
   [[nodiscard]] Forward next_step() const { return cadence_.next(length_, 1); }
   void stepped(const Forward& f, int32_t id);
+  // The same in an executor of its own: `id` is being read until finish_step. Dead if either fails.
+  void start_step(int32_t id);
+  void finish_step(int32_t id);
 
   std::atomic<bool> busy{false};       // a thread is inside
   std::atomic<bool> cancelled{false};  // no further forward
@@ -71,6 +75,8 @@ class Session {
  private:
   void check_not_empty() const;
   void check_alone() const;
+  // Reads the first tokens of ids (n), and appends or fuses; may return before the device is done.
+  Forward start_forward(const int32_t* ids, size_t n, float* all_logits);
   void advance(const Forward& f);
   void read_tokens(const int32_t* ids, size_t n, float* all_logits, bool cancellable = true);
   // Chooses and reads a window of tokens; `accept` gets each and returns false to stop before it is read.

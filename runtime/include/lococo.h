@@ -7,8 +7,9 @@
  *                A session acquired from a pool is the pool's: it is released, not destroyed.
  * Errors         Every function that can fail returns a lococo_status; results come through the last parameters, which
  *                are written only on LOCOCO_OK. lococo_last_error() explains the last failure of the calling thread.
- *                A failed call leaves the session as it was, except that LOCOCO_ERROR_BACKEND out of prefill, step or
- *                generate marks the session dead: every later call but reset, state_set, load and destroy is refused.
+ *                A failed call leaves the session as it was, except that LOCOCO_ERROR_BACKEND out of prefill, step,
+ *                generate or a batch that is a loop marks the session dead: every later call but reset, state_set,
+ *                load, destroy and lococo_batch_remove is refused.
  * Threads        A model and a pool may be used from many threads at once. A session belongs to one thread at a time:
  *                a second concurrent call on it is refused with LOCOCO_ERROR_BUSY and changes nothing.
  * Determinism    The same bundle, backend, thread count, tokens and seed give the same bits.
@@ -90,10 +91,10 @@ typedef struct lococo_model_info {
   int32_t mem_size;       /* M: slots left by a fusion */
   int32_t capacity;       /* M + buffer: the most slots that are live between calls */
   int32_t block_size;     /* B: the most tokens of one forward */
-  int32_t max_batch;      /* sessions that one batch steps together; 1: lococo_batch_create is refused */
+  int32_t max_batch;      /* sessions that one batch holds, N of --batch N; 1: lococo_batch_create is refused */
   uint64_t state_bytes;   /* bytes of one state: what state_get writes, less its header */
   uint64_t session_bytes; /* all memory a session keeps for itself, buffers for one forward included */
-  uint64_t batch_bytes;   /* all memory a batch keeps beside that of its sessions */
+  uint64_t batch_bytes;   /* all memory a batch keeps beside that of its sessions; 0 if it is a loop */
   const char* bundle_id;  /* 64 hex digits */
   const char* dtype;      /* "float32", "float16", "bfloat16" */
 } lococo_model_info;
@@ -159,6 +160,12 @@ typedef enum lococo_place {
   LOCOCO_PLACE_MEMORY = 1,   /* idle */
   LOCOCO_PLACE_DISK = 2,     /* parked */
 } lococo_place;
+
+/* How a batch steps its sessions. */
+typedef enum lococo_batch_implementation {
+  LOCOCO_BATCH_GRAPH = 0, /* one forward of a batched graph, which reads the weights once for all */
+  LOCOCO_BATCH_LOOP = 1,  /* a forward for each session, as if stepped alone: the backend runs no batched graphs */
+} lococo_batch_implementation;
 
 /* How bad a log line is. */
 typedef enum lococo_log_level {
@@ -275,21 +282,28 @@ LOCOCO_API lococo_status lococo_stops_reset(lococo_stops* stops);
  * would change it (prefill, step, generate, reset, state_set, load) is refused with LOCOCO_ERROR_BUSY.
  * A session's numbers depend neither on its place in the batch nor on the other sessions; beside those of
  * lococo_session_step they differ by rounding. A cancelled session is not stepped: the call is refused. A batch belongs
- * to one thread at a time, as a session does. */
+ * to one thread at a time, as a session does.
+ * Backend "tensorrt" has no batched engines. There a batch is a loop (lococo_batch_get_implementation): the same calls
+ * give the same tokens, bit for bit those of lococo_session_step; each session takes a forward of its own, and all are
+ * started before the first is waited for. */
 
+/* LOCOCO_ERROR_UNSUPPORTED: max_batch is 1. A line in the log says so where the batch is a loop. */
 LOCOCO_API lococo_status lococo_batch_create(lococo_model* model, lococo_batch** out);
 /* The sessions in it go on alone. Nothing happens, but for a line in the log, while one of them is in use. */
 LOCOCO_API void lococo_batch_destroy(lococo_batch* batch);
-/* Copies the session's state into the batch. Refused if max_batch sessions are in it, or if the session is in a batch.
- * A session that is destroyed leaves its batch. */
+/* The session joins; a batched graph gets a copy of its state. Refused if max_batch sessions are in it, or if the
+ * session is in a batch. A session that is destroyed leaves its batch. */
 LOCOCO_API lococo_status lococo_batch_add(lococo_batch* batch, lococo_session* session);
-/* Copies the state back; the session goes on alone. */
+/* The session goes on alone, with its state. */
 LOCOCO_API lococo_status lococo_batch_remove(lococo_batch* batch, lococo_session* session);
 /* Reads ids[i] in sessions[i], i < n: some or all sessions of the batch, each at most once; the others rest. Everything
- * is checked before any of them reads. No failure makes a session dead: after LOCOCO_ERROR_BACKEND each has either read
- * its token or stands where it stood, as lococo_session_position says; after any other error none has read. */
+ * is checked before any of them reads. After LOCOCO_ERROR_BACKEND each has either read its token or stands where it
+ * stood, as lococo_session_position says, or, in a loop alone, is dead; after any other error none has read. */
 LOCOCO_API lococo_status lococo_batch_step(lococo_batch* batch, lococo_session* const* sessions, const int32_t* ids,
                                            size_t n);
+/* Whether a step is one forward for all sessions or one for each. */
+LOCOCO_API lococo_status lococo_batch_get_implementation(const lococo_batch* batch,
+                                                         lococo_batch_implementation* implementation);
 
 /* --- state: constant size, at any position ------------------------------------------------------------------------ */
 

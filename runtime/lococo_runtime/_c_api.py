@@ -177,6 +177,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lococo_batch_destroy": (None, (c_void_p,)),
     "lococo_batch_add": (c_int, (c_void_p, c_void_p)),
     "lococo_batch_remove": (c_int, (c_void_p, c_void_p)),
+    "lococo_batch_get_implementation": (c_int, (c_void_p, POINTER(c_int))),
     "lococo_batch_step": (c_int, (c_void_p, POINTER(c_void_p), _IDS, c_size_t)),
 }
 

@@ -28,11 +28,17 @@ class Batch(_Handle):
     `step`, `generate`, `reset`, `load`) raises BusyError. What a session computes depends neither on its place in the
     batch nor on the others; beside `Session.step` it differs by rounding. A context manager; one thread at a time.
 
+    Backend "tensorrt" has no batched engines: there the same calls run a forward for each session, whose numbers are
+    those of `Session.step` to the bit. `implementation` says which.
+
     Args:
         model: of a bundle exported with `--batch N`.
 
+    Attributes:
+        implementation: "graph", one forward for all; or "loop", one for each.
+
     Raises:
-        UnsupportedError: the bundle has no batched graph, or the backend cannot run one.
+        UnsupportedError: the bundle has no batched graph.
         ClosedError: the model is closed.
     """
 
@@ -44,6 +50,9 @@ class Batch(_Handle):
         self._sessions: list[Session] = []
         c.call("lococo_batch_create", model._handle, ctypes.byref(self._handle))
         model._count(+1)
+        implementation = ctypes.c_int()
+        c.call("lococo_batch_get_implementation", self._handle, ctypes.byref(implementation))
+        self.implementation: Literal["graph", "loop"] = "loop" if implementation.value else "graph"
 
     @property
     def size(self) -> int:
@@ -56,7 +65,7 @@ class Batch(_Handle):
         return tuple(self._sessions)
 
     def add(self, session: Session) -> None:
-        """Copies the session's state into the batch, at a cost that does not depend on history.
+        """Lets the session join, at a cost that does not depend on history.
 
         Raises:
             InvalidArgumentError: `size` sessions are in it, the session is in a batch, or it is of another model.
@@ -67,7 +76,7 @@ class Batch(_Handle):
         self._sessions.append(session)
 
     def remove(self, session: Session) -> None:
-        """Copies the state back: the session goes on alone. Raises InvalidArgumentError if it is not in this batch."""
+        """Lets the session go on alone, with its state. Raises InvalidArgumentError if it is not in this batch."""
         c.call("lococo_batch_remove", self._open(), session._open())
         session._batch = None
         self._sessions.remove(session)
@@ -83,8 +92,8 @@ class Batch(_Handle):
         Raises:
             InvalidArgumentError: no session, one that is not in this batch or comes twice, or another number of ids.
             TokenIdError: an id outside the vocabulary.
-            BackendError: each session has either read its token or stands where it stood, see `Session.position`; none
-                is dead.
+            BackendError: each session has either read its token or stands where it stood, see `Session.position`; in
+                a loop, a session whose forward failed is dead instead.
             BusyError, ClosedError, DeadSessionError.
         """
         self._step(sessions, ids)
@@ -152,7 +161,7 @@ def generate_many(
 
     Raises:
         EmptyPromptError, TokenIdError, InvalidArgumentError: a prompt or its params; nothing has been read then.
-        UnsupportedError: the bundle has no batched graph, or the backend cannot run one.
+        UnsupportedError: the bundle has no batched graph.
         BackendError: a step of the whole batch failed.
     """
     arrays = [check_ids(prompt, model.vocab_size, f"prompts[{i}]") for i, prompt in enumerate(prompts)]

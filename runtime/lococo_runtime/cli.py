@@ -33,6 +33,11 @@ def guarded(main: Callable[[], int]) -> int:
         return 130
 
 
+def backend_of(device: str) -> str:
+    """The backend that a command takes for a device where none is named."""
+    return "onnxruntime" if device == "cpu" else "tensorrt"
+
+
 def show_step(step: str) -> None:
     """A line of progress, on stderr."""
     print(f"  {step}", file=sys.stderr)
@@ -85,6 +90,8 @@ def run_main(argv: Sequence[str] | None = None) -> int:
     )
     sampling.add_argument("--json-schema", type=Path, metavar="FILE", help="write JSON, valid under this schema")
     sampling.add_argument("--regex", help="write what matches this")
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, or cuda:0 and on")
+    parser.add_argument("--backend", metavar="B", help="onnxruntime or tensorrt (by the device)")
     parser.add_argument("--threads", type=int, default=0, help="0 = one per physical core")
     args = parser.parse_args(argv)
     return guarded(lambda: _run(args))
@@ -113,7 +120,9 @@ def _run(args: argparse.Namespace) -> int:
     text = (read_text(args.file) if args.file else "") + ("" if args.chat else args.prompt or "")
     if not (text or args.load_state or args.chat):
         raise InvalidArgumentError("nothing to read: pass --prompt, --file, --load-state or --chat")
-    with LLM(args.bundle, num_threads=args.threads) as llm, llm.model.session() as session:
+    backend = args.backend or backend_of(args.device)
+    options = {"device": args.device, "backend": backend, "num_threads": args.threads}
+    with LLM(args.bundle, **options) as llm, llm.model.session() as session:
         if args.chat:
             llm.chat_template.select()  # before a long file is read
         if args.load_state:

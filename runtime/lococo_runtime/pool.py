@@ -132,8 +132,6 @@ class SessionPool(_Handle):
             raise InvalidArgumentError("session: expected one acquired from this pool")
         if session._batch is not None:
             session._batch.remove(session)
-        if session._batch is not None:
-            session._batch.remove(session)
         pool, _ = self._open(), session._open()
         with self.model._lock:  # another thread may be cancelling it
             handle, session._handle = session._handle, ctypes.c_void_p()

@@ -502,6 +502,9 @@ void batching() {
   CHECK(info.batch_bytes > static_cast<uint64_t>(info.max_batch) * info.state_bytes);
   lococo_batch* batch = nullptr;
   OK(lococo_batch_create(model, &batch));
+  lococo_batch_implementation implementation = LOCOCO_BATCH_LOOP;
+  OK(lococo_batch_get_implementation(batch, &implementation));
+  CHECK_EQ(implementation, LOCOCO_BATCH_GRAPH);
   Session a;
   Session b;
   Session c;

@@ -1,5 +1,5 @@
 // The TensorRT backend as far as it goes without a GPU: the driver's answers, which engines fit, where tensors lie, and
-// windows of greedy decoding, on a stand-in for the driver and for liblococo_trt ($FAKE_TRT_MODULE).
+// windows of greedy decoding and batches, on a stand-in for the driver and for liblococo_trt ($FAKE_TRT_MODULE).
 #include <algorithm>
 #include <functional>
 #include <memory>
@@ -352,6 +352,107 @@ void windows(const Bundle& b) {
   lococo_model_close(model);
 }
 
+// A batch is a loop: sessions that join and leave at any step have the bits of twins that run alone, and a forward that
+// fails takes one session with it.
+void batches(const Bundle& b) {
+  lococo_model* model = nullptr;
+  const lococo_options o = options();
+  CHECK_EQ(lococo_model_open(b.dir.path().c_str(), &o, &model), LOCOCO_OK);
+  if (model == nullptr) return;
+  lococo_model_info info{};
+  info.struct_size = sizeof info;
+  CHECK_EQ(lococo_model_get_info(model, &info), LOCOCO_OK);
+  CHECK_EQ(info.max_batch, 2);
+  CHECK_EQ(info.batch_bytes, 0u);
+  std::vector<std::string> lines;
+  const auto keep = [](lococo_log_level level, const char* text, void* user) {
+    if (level == LOCOCO_LOG_WARNING) static_cast<std::vector<std::string>*>(user)->emplace_back(text);
+  };
+  lococo_set_log_callback(keep, &lines);
+  lococo_batch* batch = nullptr;
+  CHECK_EQ(lococo_batch_create(model, &batch), LOCOCO_OK);
+  lococo_set_log_callback(nullptr, nullptr);
+  CHECK(lines.size() == 1 && lines[0].find("forward of its own") != std::string::npos);
+  lococo_batch_implementation implementation = LOCOCO_BATCH_GRAPH;
+  CHECK_EQ(lococo_batch_get_implementation(batch, &implementation), LOCOCO_OK);
+  CHECK_EQ(implementation, LOCOCO_BATCH_LOOP);
+
+  constexpr size_t kSessions = 3;
+  lococo_session* together[kSessions];
+  lococo_session* alone[kSessions];
+  std::vector<int32_t> prompt;
+  for (size_t i = 0; i < kSessions; ++i) {
+    CHECK_EQ(lococo_session_create(model, &together[i]), LOCOCO_OK);
+    prompt.resize(3 * i + 1, static_cast<int32_t>(i) + 2);
+    CHECK_EQ(lococo_session_prefill(together[i], prompt.data(), prompt.size(), nullptr), LOCOCO_OK);
+    CHECK_EQ(lococo_session_clone(together[i], &alone[i]), LOCOCO_OK);
+  }
+  bool joined[kSessions] = {};
+  uint32_t random = 1;
+  const auto chance = [&] { return (random = random * 1664525u + 1013904223u) >> 30 == 0; };
+  int32_t shared = 0;
+  for (int32_t round = 0; round < 500; ++round) {
+    for (size_t i = 0; i < kSessions; ++i) {
+      if (!chance()) continue;
+      const bool full = std::count(joined, joined + kSessions, true) == info.max_batch;
+      if (joined[i]) {
+        CHECK_EQ(lococo_batch_remove(batch, together[i]), LOCOCO_OK);
+      } else {
+        CHECK_EQ(lococo_batch_add(batch, together[i]), full ? LOCOCO_ERROR_INVALID_ARGUMENT : LOCOCO_OK);
+      }
+      joined[i] = !joined[i] && !full;
+    }
+    std::vector<lococo_session*> sessions;
+    std::vector<int32_t> ids;
+    for (size_t i = 0; i < kSessions; ++i) {
+      if (!joined[i] || chance()) continue;
+      sessions.push_back(together[i]);
+      CHECK_EQ(lococo_session_sample(together[i], nullptr, &ids.emplace_back()), LOCOCO_OK);
+      CHECK_EQ(lococo_session_step(together[i], 1), LOCOCO_ERROR_BUSY);
+      CHECK_EQ(lococo_session_step(alone[i], ids.back()), LOCOCO_OK);
+    }
+    if (sessions.empty()) continue;
+    shared += sessions.size() > 1 ? 1 : 0;
+    CHECK_EQ(lococo_batch_step(batch, sessions.data(), ids.data(), sessions.size()), LOCOCO_OK);
+    for (size_t i = 0; i < kSessions; ++i) CHECK(outcome(together[i], {}) == outcome(alone[i], {}));
+  }
+  CHECK(shared > 100);
+
+  for (size_t i = 0; i < kSessions; ++i) {
+    if (joined[i]) CHECK_EQ(lococo_batch_remove(batch, together[i]), LOCOCO_OK);
+  }
+  for (const char* how : {"dying of 1", "dying late of 1"}) {
+    for (size_t i = 0; i < 2; ++i) CHECK_EQ(lococo_batch_add(batch, together[i]), LOCOCO_OK);
+    const int32_t bad[] = {2, info.vocab_size};
+    const int32_t ids[] = {1, 2};
+    CHECK_EQ(lococo_batch_step(batch, together, bad, 2), LOCOCO_ERROR_INVALID_ARGUMENT);
+    CHECK(outcome(together[0], {}) == outcome(alone[0], {}));
+    setenv("FAKE_TRT", how, 1);
+    CHECK_EQ(lococo_batch_step(batch, together, ids, 2), LOCOCO_ERROR_BACKEND);
+    CHECK(std::string(lococo_last_error()).find("CUDA") != std::string::npos);
+    unsetenv("FAKE_TRT");
+    CHECK_EQ(lococo_session_step(alone[1], ids[1]), LOCOCO_OK);
+    CHECK(outcome(together[1], {}) == outcome(alone[1], {}));
+    CHECK_EQ(lococo_batch_step(batch, together, ids, 2), LOCOCO_ERROR_DEAD);
+    CHECK(outcome(together[1], {}) == outcome(alone[1], {}));
+    for (size_t i = 0; i < 2; ++i) CHECK_EQ(lococo_batch_remove(batch, together[i]), LOCOCO_OK);
+    for (lococo_session* s : {together[0], alone[0]}) {
+      CHECK_EQ(lococo_session_reset(s), LOCOCO_OK);
+      CHECK_EQ(lococo_session_step(s, 5), LOCOCO_OK);
+    }
+  }
+  for (size_t i = 0; i < 2; ++i) CHECK_EQ(lococo_batch_add(batch, together[i]), LOCOCO_OK);
+  lococo_batch_destroy(batch);
+  for (size_t i = 0; i < kSessions; ++i) {
+    CHECK_EQ(lococo_session_step(together[i], 1), LOCOCO_OK);
+    CHECK_EQ(lococo_session_step(alone[i], 1), LOCOCO_OK);
+    CHECK(outcome(together[i], {}) == outcome(alone[i], {}));
+    lococo_session_destroy(together[i]);
+    lococo_session_destroy(alone[i]);
+  }
+  lococo_model_close(model);
+}
+
 // Engines of fewer widths: forwards keep to them, and the logits of every token are refused beforehand.
 void fewer_engines(const Bundle& b) {
   b.clear();
@@ -383,6 +484,7 @@ int main() {
     b.engines("one", b.text);
     opening(b);
     windows(b);
+    batches(b);
     fewer_engines(b);
   } else {
     std::printf("run by ctest, which names the stand-ins, it does more\n");
