@@ -26,6 +26,7 @@ from test_llm import EOS, ROOT, make_text_bundle
 
 LETTERS = {str(i): 100 for i in range(64, 90)}  # byte tokens of ASCII characters: text that encodes as it was written
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+SHORT = ("--body-timeout", "2", "--head-timeout", "2")
 SECONDS = 60  # for anything to happen; nothing here takes that long
 
 
@@ -112,7 +113,7 @@ def llm(bundle: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def server(bundle: Path) -> Iterator[Server]:
-    with serving(bundle, "--sessions", "4", "--max-new-tokens", "100000", "--body-timeout", "2") as running:
+    with serving(bundle, "--sessions", "4", "--max-new-tokens", "100000", *SHORT) as running:
         yield running
         assert running.stop() == 0
         assert not [line for line in running.lines if "Traceback" in line]
@@ -364,10 +365,73 @@ def test_other_content_types_paths_and_methods(server: Server) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json", ""):
         assert server.request("POST", "/v1/completions", body, Content_Type=kind)[0] == 415
     assert server.request("POST", "/v1/completions", body, Content_Type="Application/JSON; charset=utf-8")[0] == 200
-    for method, path, expected in (("GET", "/v1/completions", 405), ("GET", "/v1/nothing", 404), ("PUT", "/", 405)):
-        status, _, answer = server.request(method, path)
-        assert (status, json.loads(answer)["error"]["param"]) == (expected, None)
     assert json.loads(server.request("GET", "/health")[2]) == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [
+        ("GET", "/v1/completions", 405),
+        ("HEAD", "/v1/completions", 405),
+        ("OPTIONS", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("DELETE", "/v1/models/bundle", 405),
+        ("PUT", "/", 405),
+        ("FOO", "/health", 405),
+        ("GET", "/v1", 404),
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/models/a%00%ff/b", 404),
+        ("GET", "/docs", 404),
+        ("GET", "//v1/models", 404),
+        ("OPTIONS", "*", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/" + "a" * 10_000, 404),
+        ("GET", "http://localhost/health", 404),
+    ],
+)
+def test_other_paths_and_methods(server: Server, method: str, path: str, expected: int) -> None:
+    status, headers, answer = server.request(method, path, b"{}" if method == "POST" else None)
+    assert (status, headers["content-type"]) == (expected, "application/json")
+    if status == 405:
+        assert headers["allow"] in ("GET", "POST")
+    if method == "HEAD":
+        assert answer == b""
+        return
+    error = json.loads(answer)["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+def test_slashes_and_heads(server: Server) -> None:
+    for path in ("/v1/models", "/v1/models/bundle", "/health", "/", "/metrics", "/openapi.json"):
+        status, headers, answer = server.request("GET", path)
+        assert status == 200
+        assert server.request("GET", path + "/")[0] == 200
+        assert server.request("GET", path + "?a=%00")[0] == 200
+        head_status, head_headers, nothing = server.request("HEAD", path)
+        assert (head_status, nothing) == (200, b"")
+        assert head_headers["content-type"] == headers["content-type"]
+        assert answer
+    assert server.post("/v1/completions/", completion_body())[0] == 200
+
+
+def test_the_host_is_this_machine(server: Server, bundle: Path) -> None:
+    port = server.port
+    for host in ("localhost", "LOCALHOST:1", f"127.0.0.1:{port}", f"[::1]:{port}"):
+        assert server.request("GET", "/v1/models", Host=host)[0] == 200
+    for host in ("example.org", "localhost.example.org", "127.0.0.1.nip.io", "[::1", "", "a b", "evil@", "192.168.0.1"):
+        status, _, answer = server.request("GET", "/v1/models", Host=host)
+        assert (status, json.loads(answer)["error"]["code"]) == (403, "host_not_allowed")
+    with serving(bundle, "--allow-host", "Example.org") as behind_proxy:
+        assert behind_proxy.request("GET", "/health", Host="example.org:443")[0] == 200
+        assert behind_proxy.request("GET", "/health", Host="localhost")[0] == 200
+        assert behind_proxy.request("GET", "/health", Host="www.example.org")[0] == 403
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{behind_proxy.port}/v1", api_key="none", default_headers={"Host": "evil.test"}
+        )
+        with client, pytest.raises(openai.PermissionDeniedError):
+            client.models.list()
 
 
 def test_a_large_body_is_refused(server: Server, client: openai.OpenAI) -> None:
@@ -375,7 +439,7 @@ def test_a_large_body_is_refused(server: Server, client: openai.OpenAI) -> None:
         client.completions.create(**completion_body(prompt="a" * 10_000_000))
     assert error.value.status_code == 413
     with server.socket() as s:  # announced, and never sent
-        s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000000\r\n\r\n")
+        s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000000\r\n\r\n")
         assert b" 413 " in s.recv(1000)
     assert server.post("/v1/completions", completion_body())[0] == 200
 
@@ -407,8 +471,8 @@ def test_keys(bundle: Path) -> None:
 
 def raw_request(body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
-    return head.encode() + b"\r\n\r\n" + data
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
+    return head.encode() + b"Content-Type: application/json\r\n\r\n" + data
 
 
 def test_a_client_that_went_away_stops_its_request(server: Server) -> None:
@@ -418,7 +482,8 @@ def test_a_client_that_went_away_stops_its_request(server: Server) -> None:
             s.sendall(raw_request(endless() | {"stream": stream}))
             server.wait_for("lococo_running_requests", 1)
             if stream:
-                assert b"data: " in s.recv(1 << 16)
+                while b"data: " not in s.recv(1 << 16):
+                    pass
         server.wait_for("lococo_running_requests", 0)
         assert server.metric("lococo_cancelled_total") == before + n + 1
     generated = server.metric("lococo_generated_tokens_total")
@@ -443,11 +508,79 @@ def test_half_closed_and_broken_connections(server: Server) -> None:
     with server.socket() as s:
         s.sendall(raw_request(completion_body())[:-10])  # half a body
     with server.socket() as s:
-        s.sendall(b"\x16\x03\x01\x02\x00\x01\x00" + bytes(500))  # TLS
-        assert b" 400 " in s.recv(1000)
-    with server.socket() as s:
         s.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Le")
     assert server.post("/v1/completions", completion_body())[0] == 200
+
+
+def answer_to(server: Server, data: bytes, *, until_closed: bool = True) -> bytes:
+    """What comes back on a connection that nothing more is sent on."""
+    with server.socket() as s:
+        s.sendall(data)
+        parts = [s.recv(1 << 16)]
+        while until_closed and parts[-1]:
+            parts.append(s.recv(1 << 16))
+        return b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\n\r\n", 400),  # no Host
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET /hea lth HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00" + bytes(500), 400),  # TLS
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nbad header: 1\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: " + b"a" * 100_000, 431),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 30_000, 431),
+        (b"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+        (b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", 400),
+    ],
+)
+def test_what_is_not_http_is_refused(server: Server, data: bytes, status: int) -> None:
+    head, _, body = answer_to(server, data).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"connection: close" in head.lower()
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+    assert server.post("/v1/completions", completion_body())[0] == 200
+
+
+def test_slow_headers_are_given_up(server: Server) -> None:
+    """A connection that trickles its headers, or sends none, ends; others are served meanwhile."""
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    with server.socket() as silent, server.socket() as trickling, server.socket() as second:
+        second.sendall(head + b"\r\n")
+        assert b" 200 " in second.recv(1000)
+        second.sendall(head)  # half of another request
+        trickling.sendall(head)
+        with contextlib.suppress(OSError):
+            for _ in range(40):
+                assert server.request("GET", "/health")[0] == 200
+                trickling.sendall(b"a: b\r\n")
+                time.sleep(0.1)
+        assert silent.recv(1000) == b""
+        assert b" 408 " in second.recv(1000)
+        with contextlib.suppress(ConnectionResetError):  # it went on sending
+            assert b" 408 " in trickling.recv(1000)
+
+
+def test_a_body_that_goes_on_after_its_answer_is_given_up(server: Server) -> None:
+    with server.socket() as s:
+        s.sendall(b"PUT /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
+        assert b" 405 " in s.recv(1000)
+        with contextlib.suppress(OSError):
+            for _ in range(50):
+                s.sendall(b"a")
+                time.sleep(0.1)
+            pytest.fail("the connection is still open")
+
+
+def test_several_requests_on_one_connection(server: Server) -> None:
+    """Sent at once, and answered in their order."""
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    data = answer_to(server, raw_request(completion_body()) + health * 2 + health.replace(b"lth", b"ven"))
+    assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"200", b"200", b"200", b"404"]
 
 
 def test_a_slow_body_is_given_up(server: Server) -> None:

@@ -9,9 +9,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from importlib import resources
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -41,6 +42,7 @@ def create_app(
     limits: Limits | None = None,
     model_name: str = "lococo",
     api_key: str | None = None,
+    allowed_hosts: Collection[str] | None = None,
     state_dir: str | os.PathLike[str] | None = None,
 ) -> FastAPI:
     """An ASGI application that serves a bundle; it closes `llm` when it shuts down.
@@ -50,6 +52,8 @@ def create_app(
         limits: see `Limits`.
         model_name: what clients call the model.
         api_key: what clients of /v1 must send as a bearer token; None asks for nothing.
+        allowed_hosts: names and addresses in lower case, without port, that clients may call the server by; None allows
+            all. It keeps out a page whose own name resolves to this machine (DNS rebinding).
         state_dir: where conversations are kept, so that they survive the process; None keeps them in memory.
 
     Raises:
@@ -66,8 +70,8 @@ def create_app(
         await engine.close()
 
     # the usual documentation pages load scripts from elsewhere
-    app = FastAPI(title="lococo-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_Gate, limits=limits, api_key=api_key, metrics=metrics)
+    app = FastAPI(title="lococo-serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(_Gate, limits=limits, api_key=api_key, allowed_hosts=allowed_hosts, metrics=metrics)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, e: RequestValidationError) -> Response:
@@ -242,23 +246,36 @@ class _EventStream(Response):
 
 
 class _Gate:
-    """In front of all routes: the key, the content type, the body's size and time; it reads the body and counts.
+    """In front of all routes: host, key, content type, the body's size and time; it reads the body and counts.
+
+    A slash at a path's end makes no difference, and HEAD is GET without a body, which the connection leaves out.
 
     Args:
         app: what it lets requests through to.
         limits: body_bytes, body_seconds.
         api_key: of /v1, or None.
+        allowed_hosts: see `create_app`.
         metrics: counts the answers.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, metrics: Metrics) -> None:
-        self._app, self._limits, self._api_key, self._metrics = app, limits, api_key, metrics
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        api_key: str | None,
+        allowed_hosts: Collection[str] | None,
+        metrics: Metrics,
+    ) -> None:
+        self._app, self._limits, self._metrics = app, limits, metrics
+        self._api_key, self._allowed_hosts = api_key, allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        path = scope["path"].rstrip("/") or "/"
+        scope = {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
         started = False
 
         async def counted(message: Message) -> None:
@@ -266,12 +283,13 @@ class _Gate:
             if message["type"] == "http.response.start":
                 started = True
                 route = scope.get("route")
-                path = getattr(route, "path", "other")  # not the client's own text: it could be anything
-                self._metrics.responses.labels(path, str(message["status"])).inc()
+                label = getattr(route, "path", "other")  # not the client's own text: it could be anything
+                self._metrics.responses.labels(label, str(message["status"])).inc()
             await send(message)
 
         try:
-            if scope["path"].startswith("/v1/"):
+            self._check_host(headers.get("host"))
+            if path.startswith("/v1/"):
                 self._check_key(headers.get("authorization", ""))
             body = await self._read(headers, receive) if scope["method"] == "POST" else b""
             await self._app(scope, _replay(body, receive), counted)
@@ -285,11 +303,22 @@ class _Gate:
                 raise
             await from_exception(e).response()(scope, receive, counted)
 
+    def _check_host(self, host: str | None) -> None:
+        if self._allowed_hosts is None or host is None:  # HTTP/1.0, which no browser speaks
+            return
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:
+            name = None
+        if name not in self._allowed_hosts:
+            message = f"Host: expected {' or '.join(self._allowed_hosts)}, got {host[:200]!a}; see --allow-host"
+            raise ApiError(403, message, code="host_not_allowed")
+
     def _check_key(self, authorization: str) -> None:
         if self._api_key is None:
             return
         scheme, _, key = authorization.partition(" ")
-        given, expected = key.strip().encode(), self._api_key.encode()
+        given, expected = key.strip().encode("latin-1"), self._api_key.encode()
         if scheme.lower() != "bearer" or not hmac.compare_digest(given, expected):
             message = "expected the server's key as Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

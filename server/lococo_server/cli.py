@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import ipaddress
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 from lococo_runtime import LLM
 from lococo_runtime.cli import guarded
 
 from .app import create_app
+from .connection import Connection
 from .engine import Limits
 
 
@@ -31,6 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="0 = any that is free (8000)")
     parser.add_argument("--model-name", metavar="NAME", help="what clients call it (the directory's name)")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name that clients call this machine by, as behind a proxy; may be repeated",
+    )
     parser.add_argument("--api-key", metavar="KEY", help="asked of clients; better in LOCOCO_API_KEY")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="keep conversations on disk, over restarts")
     model = parser.add_argument_group("running the model")
@@ -47,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit("--max-queue", "queue", int, "N", "requests that wait; beyond, 429")
     limit("--keep", "keep", int, "N", "conversations whose state is kept")
     limit("--max-body-bytes", "body_bytes", int, "N", "of a request; beyond, 413")
+    limit("--head-timeout", "head_seconds", float, "S", "seconds for a request's headers to arrive")
     limit("--body-timeout", "body_seconds", float, "S", "seconds for a body to arrive; beyond, 408")
     limit("--max-prompt-tokens", "prompt_tokens", int, "N", "of a request; beyond, 400")
     limit("--max-new-tokens", "new_tokens", int, "N", "of an answer")
@@ -69,10 +80,13 @@ def _serve(args: argparse.Namespace) -> int:
         limits=limits,
         model_name=args.model_name or args.bundle.resolve().name,
         api_key=api_key,
+        allowed_hosts=_allowed_hosts(args.host, args.allow_host),
         state_dir=args.state_dir,
     )
     config = uvicorn.Config(
         app,
+        http=cast("type[Connection]", functools.partial(Connection, head_seconds=limits.head_seconds)),
+        ws="none",
         host=args.host,
         port=args.port,
         log_level="info",
@@ -85,6 +99,13 @@ def _serve(args: argparse.Namespace) -> int:
     server = uvicorn.Server(config)
     server.run()
     return 0 if server.started else 1
+
+
+def _allowed_hosts(host: str, names: Sequence[str]) -> list[str] | None:
+    """This machine's own names and `names`; None allows all, where others are to reach it and no name is given."""
+    if not names and not _is_loopback(host):
+        return None
+    return list(dict.fromkeys(name.lower() for name in ("localhost", "127.0.0.1", "::1", host, *names)))
 
 
 def _is_loopback(host: str) -> bool:

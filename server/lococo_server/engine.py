@@ -43,6 +43,7 @@ class Limits:
         queue: requests that wait for one of them; beyond, 429.
         keep: conversations whose state is kept for their next turn; 0 keeps none.
         body_bytes: of a request; beyond, 413.
+        head_seconds: for a request's headers to arrive; beyond, 408.
         body_seconds: for a body to arrive; beyond, 408.
         prompt_tokens: of a request; beyond, 400.
         new_tokens: of an answer, and the default of a chat; asking for more is a 400.
@@ -56,6 +57,7 @@ class Limits:
     queue: int = 64
     keep: int = 16
     body_bytes: int = 1 << 20
+    head_seconds: float = 10.0
     body_seconds: float = 30.0
     prompt_tokens: int = 1 << 17
     new_tokens: int = 4096
@@ -65,7 +67,7 @@ class Limits:
         for name, low in (("sessions", 1), ("queue", 0), ("keep", 0), ("body_bytes", 1), ("prompt_tokens", 1)):
             if getattr(self, name) < low:
                 raise InvalidArgumentError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        for name in ("new_tokens", "body_seconds", "seconds"):
+        for name in ("new_tokens", "head_seconds", "body_seconds", "seconds"):
             if not 0 < getattr(self, name) < 2**31:
                 raise InvalidArgumentError(f"{name}: expected more than 0, got {getattr(self, name)}")
 

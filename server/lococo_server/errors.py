@@ -13,7 +13,13 @@ from lococo_runtime import ChatTemplateError, EmptyPromptError, GrammarError, In
 
 log = logging.getLogger("lococo_server")
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
 _PARAMS = {"ids": "prompt", "text": "prompt"}  # what the runtime calls them
 
 
