@@ -67,11 +67,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text_bundle(tmp_path_factory.mktemp("llm"))
 
 
-def make_text_bundle(root: Path, eos_token_id: int | None = EOS) -> Path:
+def make_text_bundle(root: Path, eos_token_id: int | None = EOS, batch: int = 1) -> Path:
     make_model(root / "model", vocab_size=260, eos_token_id=eos_token_id, bos_token_id=None)
     byte_tokenizer("<|im_start|>", "<|im_end|>").save(str(root / "model" / "tokenizer.json"))
     (root / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
-    export_bundle(load_checkpoint(root / "model", policy="h2o", mem_size=24, block_size=16), root / "bundle")
+    checkpoint = load_checkpoint(root / "model", policy="h2o", mem_size=24, block_size=16)
+    export_bundle(checkpoint, root / "bundle", batch=batch)
     return root / "bundle"
 
 

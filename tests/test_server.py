@@ -19,9 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
-from lococo_runtime import LLM, SamplingParams
+from lococo_runtime import LLM, Batch, CancelledError, SamplingParams, TokenIdError
+from lococo_server.batching import SharedSteps
+from lococo_server.metrics import Metrics
 from test_llm import EOS, ROOT, make_text_bundle
 
 LETTERS = {str(i): 100 for i in range(64, 90)}  # byte tokens of ASCII characters: text that encodes as it was written
@@ -45,6 +48,7 @@ class Server:
                 self.port = int(found[1])
                 break
         else:
+            self.process.communicate()
             raise RuntimeError("".join(self.lines))
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr or ()))
         self._reader.start()
@@ -68,7 +72,7 @@ class Server:
         return status, answer_headers, json.loads(data)
 
     def metric(self, name: str) -> float:
-        found = re.search(rf"^{name} (\S+)$", self.request("GET", "/metrics")[2].decode(), re.MULTILINE)
+        found = re.search(rf"^{re.escape(name)} (\S+)$", self.request("GET", "/metrics")[2].decode(), re.MULTILINE)
         assert found, name
         return float(found[1])
 
@@ -617,6 +621,71 @@ def test_concurrent_streams_equal_solo_runs(server: Server, client: openai.OpenA
         together = list(threads.map(stream, range(32)))
     assert together == [stream(i) for i in range(32)]
     assert len(set(together)) == 32
+
+
+@pytest.fixture(scope="module")
+def batched_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_bundle(tmp_path_factory.mktemp("batched"), batch=4)
+
+
+def test_sessions_stepped_together_answer_as_alone(batched_bundle: Path) -> None:
+    """Clients come, go away in the middle, and read slowly; the others' answers are what they are alone."""
+    with serving(batched_bundle, "--max-new-tokens", "100000") as server, server.client() as client:
+
+        def text(i: int) -> str:
+            body = completion_body(prompt=f"{i} is a number", max_tokens=60, seed=i, stream=True)
+            if i % 3 == 0:
+                with server.socket() as s:
+                    s.sendall(raw_request(endless(prompt=f"{i} goes away")))
+                    while b"data: " not in s.recv(1 << 16):
+                        pass
+            return "".join(c.choices[0].text for c in client.completions.create(**body))
+
+        alone = [text(i) for i in range(16)]
+        assert len(set(alone)) == 16
+        assert server.metric('lococo_step_sessions_bucket{le="1.0"}') == server.metric("lococo_step_sessions_count")
+        with ThreadPoolExecutor(16) as threads, server.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.sendall(raw_request(endless(logprobs=20)))  # and reads nothing
+            assert list(threads.map(text, range(16))) == alone
+            together = server.metric("lococo_step_sessions_sum") / server.metric("lococo_step_sessions_count")
+            assert together > 1
+        server.wait_for("lococo_running_requests", 0)
+        assert server.metric('lococo_step_sessions_bucket{le="4.0"}') == server.metric("lococo_step_sessions_count")
+        messages: list[Any] = []
+        next_turn(client, messages)
+        assert next_turn(client, messages).prompt_tokens_details.cached_tokens > 0
+        assert server.stop() == 0
+    with serving(batched_bundle, "--no-batch", "--sessions", "5") as server:
+        assert server.post("/v1/completions", completion_body())[0] == 200
+        assert server.metric("lococo_step_sessions_count") == 0
+    with (
+        pytest.raises(RuntimeError, match=r"sessions: expected at most 4, .* got 5"),
+        serving(batched_bundle, "--sessions", "5"),
+    ):
+        pass
+
+
+def test_a_step_that_fails_is_of_one_session(batched_bundle: Path) -> None:
+    metrics = Metrics()
+    with LLM(batched_bundle) as llm, contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(llm.model.session()) for _ in range(4)]
+        shared = SharedSteps(Batch(llm.model), metrics)
+        stack.callback(shared.close)
+        for session in sessions:
+            session.prefill([1, 2, 3])
+        sessions[1].cancel()
+        ids = [5, 6, 999, 7]
+        with ThreadPoolExecutor(4) as threads:
+            steps = [threads.submit(shared.step, *each) for each in zip(sessions, ids, strict=True)]
+            found = [step.exception() for step in steps]
+        assert [type(e) for e in found] == [type(None), CancelledError, TokenIdError, type(None)]
+        assert [session.position for session in sessions] == [4, 3, 3, 4]
+        for session in sessions:
+            shared.leave(session)
+        alone = stack.enter_context(llm.model.session())
+        alone.prefill([1, 2, 3])
+        assert np.allclose(alone.step(7), sessions[3].logits(), atol=1e-4)
 
 
 def test_the_queue_is_bounded(bundle: Path) -> None:

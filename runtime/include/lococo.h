@@ -282,7 +282,7 @@ LOCOCO_API lococo_status lococo_stops_reset(lococo_stops* stops);
  * would change it (prefill, step, generate, reset, state_set, load) is refused with LOCOCO_ERROR_BUSY.
  * A session's numbers depend neither on its place in the batch nor on the other sessions; beside those of
  * lococo_session_step they differ by rounding. A cancelled session is not stepped: the call is refused. A batch belongs
- * to one thread at a time, as a session does.
+ * to one thread at a time, as a session does; other threads may look at sessions that a step leaves out.
  * Backend "tensorrt" has no batched engines. There a batch is a loop (lococo_batch_get_implementation): the same calls
  * give the same tokens, bit for bit those of lococo_session_step; each session takes a forward of its own, and all are
  * started before the first is waited for. */

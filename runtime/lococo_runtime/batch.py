@@ -26,7 +26,8 @@ class Batch(_Handle):
     Sessions of the model join and leave at any time, at any position, each with its own fusions. While a session is in
     a batch, `logits`, `sample`, `position`, `save`, `state` and `clone` work as ever; what would change it (`prefill`,
     `step`, `generate`, `reset`, `load`) raises BusyError. What a session computes depends neither on its place in the
-    batch nor on the others; beside `Session.step` it differs by rounding. A context manager; one thread at a time.
+    batch nor on the others; beside `Session.step` it differs by rounding. A context manager; one thread at a time,
+    though others may look at sessions that a step leaves out.
 
     Backend "tensorrt" has no batched engines: there the same calls run a forward for each session, whose numbers are
     those of `Session.step` to the bit. `implementation` says which.

@@ -24,6 +24,9 @@ T = TypeVar("T")
 FinishReason = Literal["stop", "length", "cancelled"]
 """The model, a stop string, a stop token or the grammar ended it; max_tokens did; `cancel` did."""
 
+Step = Callable[[Session, int], object]
+"""Reads a token in a session, in place of `Session.step`."""
+
 
 @dataclass(frozen=True)
 class CompletionOutput:
@@ -191,6 +194,7 @@ class CompletionStream:
         *,
         owns_session: bool = True,
         num_cached_tokens: int = 0,
+        step: Step | None = None,
         on_end: Callable[[CompletionStream], None] | None = None,
     ) -> None:
         self.prompt_ids = list(prompt_ids)
@@ -201,6 +205,7 @@ class CompletionStream:
         self._params = params
         self._owns_session = owns_session
         self._num_cached_tokens = num_cached_tokens
+        self._step = step
         self._on_end = on_end  # called before the session is let go
         self._native = params.to_c()
         self._token = ctypes.c_int32()
@@ -291,7 +296,10 @@ class CompletionStream:
                 return only
         else:
             session = self._session
-            c.call("lococo_session_step", session._open(), self._token)
+            if self._step is None:
+                c.call("lococo_session_step", session._open(), self._token)
+            else:
+                self._step(session, self._token.value)
         mask = self._builder.allowed_tokens
         if mask is not None:
             self._native.allowed_tokens = mask.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._chat_template import ChatTemplate, Message
 from ._detokenizer import Detokenizer
 from ._exceptions import CorruptError, EmptyPromptError, InvalidArgumentError, NotFoundError, TokenIdError
-from .completion import AsyncCompletionStream, CompletionBuilder, CompletionOutput, CompletionStream
+from .completion import AsyncCompletionStream, CompletionBuilder, CompletionOutput, CompletionStream, Step
 from .grammar import Grammar, GrammarCompiler
 from .sampling import SamplingParams
 from .session import Model, Session, check_ids
@@ -100,11 +100,16 @@ class LLM:
         *,
         grammar: Grammar | None = None,
         session: Session | None = None,
+        step: Step | None = None,
     ) -> CompletionStream:
-        """Completes a prompt piece by piece; a piece never ends inside a character. Raises as `generate`, at once."""
+        """Completes a prompt piece by piece; a piece never ends inside a character. Raises as `generate`, at once.
+
+        `step(session, token_id)` reads the answer's tokens in place of `Session.step`, so that several completions may
+        share forwards: see `Batch`.
+        """
         fresh = session is None or session.position == 0
         ids = self.encode(prompt, add_special_tokens=fresh) if isinstance(prompt, str) else prompt
-        return self._continue(ids, params, grammar, session)
+        return self._continue(ids, params, grammar, session, step)
 
     async def agenerate(
         self,
@@ -283,12 +288,17 @@ class LLM:
         return GrammarCompiler(self.tokenizer, self.detokenizer, self.model.vocab_size)
 
     def _continue(
-        self, ids: Sequence[int], params: SamplingParams | None, grammar: Grammar | None, session: Session | None
+        self,
+        ids: Sequence[int],
+        params: SamplingParams | None,
+        grammar: Grammar | None,
+        session: Session | None,
+        step: Step | None = None,
     ) -> CompletionStream:
         if session is None:
-            return self._stream(ids, params, grammar, self.model.session, owns_session=True)
+            return self._stream(ids, params, grammar, self.model.session, owns_session=True, step=step)
         given = session
-        return self._stream(ids, params, grammar, lambda: given, num_cached_tokens=session.position)
+        return self._stream(ids, params, grammar, lambda: given, num_cached_tokens=session.position, step=step)
 
     def _stream(
         self,
@@ -299,6 +309,7 @@ class LLM:
         *,
         owns_session: bool = False,
         num_cached_tokens: int = 0,
+        step: Step | None = None,
         on_end: Callable[[CompletionStream], None] | None = None,
     ) -> CompletionStream:
         params = params or SamplingParams()
@@ -313,6 +324,7 @@ class LLM:
             params,
             owns_session=owns_session,
             num_cached_tokens=num_cached_tokens,
+            step=step,
             on_end=on_end,
         )
 

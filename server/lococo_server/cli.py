@@ -47,13 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.add_argument("--device", default="cpu", help="cpu, or cuda:0 and on with --backend tensorrt")
     model.add_argument("--backend", default="onnxruntime", choices=["onnxruntime", "tensorrt"], help="(onnxruntime)")
     model.add_argument("--threads", type=int, default=0, help="0 = one per physical core")
+    model.add_argument(
+        "--no-batch", dest="batch", action="store_false", help="step each request alone, though the bundle has a batch"
+    )
     limits = parser.add_argument_group("limits")
 
     def limit(flag: str, name: str, kind: type, metavar: str, what: str) -> None:
         value = getattr(default, name)
         limits.add_argument(flag, dest=name, type=kind, default=value, metavar=metavar, help=f"{what} ({value:g})")
 
-    limit("--sessions", "sessions", int, "N", "requests that run at once")
+    limits.add_argument(
+        "--sessions", type=int, metavar="N", help="requests that run at once (8, or as many as are stepped together)"
+    )
     limit("--max-queue", "queue", int, "N", "requests that wait; beyond, 429")
     limit("--keep", "keep", int, "N", "conversations whose state is kept")
     limit("--max-body-bytes", "body_bytes", int, "N", "of a request; beyond, 413")

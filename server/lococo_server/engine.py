@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from lococo_runtime import (
     LLM,
     AsyncCompletionStream,
+    Batch,
     CompletionChunk,
     CompletionOutput,
     CompletionStream,
@@ -25,11 +26,14 @@ from lococo_runtime import (
 )
 from starlette.types import Receive
 
+from .batching import SharedSteps
 from .errors import ApiError, ClientGoneError
 from .metrics import Metrics
 from .snapshots import Origin, Snapshots
 
 log = logging.getLogger("lococo_server")
+
+_SESSIONS = 8
 
 T = TypeVar("T")
 
@@ -39,7 +43,10 @@ class Limits:
     """What a server allows.
 
     Attributes:
-        sessions: requests that run at once; each has a session of its own.
+        sessions: requests that run at once; each has a session of its own. None: as many as the bundle steps together,
+            or 8.
+        batch: steps them together if the bundle can (`lococo-export --batch`). An answer never depends on who else is
+            there, but one alone takes as long as all of them.
         queue: requests that wait for one of them; beyond, 429.
         keep: conversations whose state is kept for their next turn; 0 keeps none.
         body_bytes: of a request; beyond, 413.
@@ -53,7 +60,8 @@ class Limits:
         InvalidArgumentError: a value out of range.
     """
 
-    sessions: int = 8
+    sessions: int | None = None
+    batch: bool = True
     queue: int = 64
     keep: int = 16
     body_bytes: int = 1 << 20
@@ -64,7 +72,9 @@ class Limits:
     seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        for name, low in (("sessions", 1), ("queue", 0), ("keep", 0), ("body_bytes", 1), ("prompt_tokens", 1)):
+        if self.sessions is not None and self.sessions < 1:
+            raise InvalidArgumentError(f"sessions: expected at least 1, got {self.sessions}")
+        for name, low in (("queue", 0), ("keep", 0), ("body_bytes", 1), ("prompt_tokens", 1)):
             if getattr(self, name) < low:
                 raise InvalidArgumentError(f"{name}: expected at least {low}, got {getattr(self, name)}")
         for name in ("new_tokens", "head_seconds", "body_seconds", "seconds"):
@@ -144,11 +154,12 @@ class Engine:
 
     Args:
         llm: the bundle; closed with the engine.
-        limits: sessions, queue, keep.
+        limits: sessions, batch, queue, keep.
         state_dir: where kept conversations are written; None keeps them in memory.
         metrics: counts what happens.
 
     Raises:
+        InvalidArgumentError: more sessions than the bundle steps together.
         see `SessionPool`.
     """
 
@@ -156,14 +167,23 @@ class Engine:
         self, llm: LLM, limits: Limits, *, state_dir: str | os.PathLike[str] | None = None, metrics: Metrics
     ) -> None:
         self.llm, self.limits, self.metrics = llm, limits, metrics
+        batch = _batch(llm) if limits.batch else None
+        self.num_sessions = limits.sessions or (_SESSIONS if batch is None else batch.size)
+        if batch is not None and self.num_sessions > batch.size:
+            batch.close()
+            raise InvalidArgumentError(
+                f"sessions: expected at most {batch.size}, which the bundle steps together, got {self.num_sessions}; "
+                "export it with a larger --batch, or serve with --no-batch"
+            )
         self._snapshots = None
         if limits.keep:
             self._snapshots = Snapshots(
-                llm, keep=limits.keep, directory=state_dir, in_memory=limits.sessions, metrics=metrics
+                llm, keep=limits.keep, directory=state_dir, in_memory=self.num_sessions, metrics=metrics
             )
-        self._free = [llm.model.session() for _ in range(limits.sessions)]
+        self._free = [llm.model.session() for _ in range(self.num_sessions)]
+        self._steps = None if batch is None else SharedSteps(batch, metrics)
         self._waiting: deque[asyncio.Future[Session]] = deque()
-        self._executor = ThreadPoolExecutor(limits.sessions, thread_name_prefix="lococo-serve")
+        self._executor = ThreadPoolExecutor(self.num_sessions + 2, thread_name_prefix="lococo-serve")
         self._mean_seconds = 1.0  # of a request, moving
         metrics.state_bytes.set(llm.model.state_bytes)
 
@@ -204,6 +224,8 @@ class Engine:
                     yield chunk
             finally:
                 await chunks.aclose()
+                if self._steps is not None:
+                    await self.call(self._steps.leave, session)
                 self._count(stream)
         except ClientGoneError:
             self.metrics.cancelled.inc()
@@ -215,10 +237,12 @@ class Engine:
 
     def _begin(self, session: Session, work: Work) -> tuple[CompletionStream, Origin | None]:
         session.reset()
-        if work.text is None or self._snapshots is None:
-            return self.llm.generate_stream(work.ids, work.params, grammar=work.grammar, session=session), None
-        origin = self._snapshots.load(session, work.ids, work.text)
-        return self.llm.generate_stream(origin.rest, work.params, grammar=work.grammar, session=session), origin
+        ids, origin = work.ids, None
+        if work.text is not None and self._snapshots is not None:
+            origin = self._snapshots.load(session, ids, work.text)
+            ids = origin.rest
+        step = None if self._steps is None else self._steps.step
+        return self.llm.generate_stream(ids, work.params, grammar=work.grammar, session=session, step=step), origin
 
     def _keep(self, session: Session, stream: CompletionStream, origin: Origin | None) -> None:
         if self._snapshots is not None and origin is not None and stream.read_ids is not None:
@@ -234,7 +258,7 @@ class Engine:
         if self._free:
             return self._free.pop()
         if len(self._waiting) >= self.limits.queue:
-            seconds = math.ceil(self._mean_seconds * (len(self._waiting) + 1) / self.limits.sessions)
+            seconds = math.ceil(self._mean_seconds * (len(self._waiting) + 1) / self.num_sessions)
             raise ApiError(
                 429,
                 f"{len(self._waiting)} requests are waiting already; try again later",
@@ -266,6 +290,19 @@ class Engine:
         await asyncio.get_running_loop().run_in_executor(None, self._executor.shutdown)
         if self._snapshots is not None:
             self._snapshots.close()
+        if self._steps is not None:
+            self._steps.close()
         for session in self._free:
             session.close()
         self.llm.close()
+
+
+def _batch(llm: LLM) -> Batch | None:
+    """A batch where it saves time: not where it would be a loop."""
+    if llm.model.max_batch == 1:
+        return None
+    batch = Batch(llm.model)
+    if batch.implementation == "graph":
+        return batch
+    batch.close()
+    return None

@@ -30,4 +30,7 @@ class Metrics:
         self.state_bytes = Gauge("lococo_state_bytes", "Bytes of a session's state", registry=registry)
         self.queue_seconds = seconds("lococo_queue_seconds", "Waiting for a session")
         self.first_token_seconds = seconds("lococo_first_token_seconds", "From the request to its first token")
+        self.step_sessions = Histogram(
+            "lococo_step_sessions", "Sessions that one forward stepped", buckets=(1, 2, 4, 8, 16, 32), registry=registry
+        )
         self.token_seconds = seconds("lococo_token_seconds", "Between two tokens of an answer")
