@@ -60,6 +60,7 @@ def test_the_page_streams_stops_and_shows_what_it_costs(page: sync_api.Page, ser
     expect(answer).to_have_text(re.compile(r".{50}", re.DOTALL))
     expect(page.locator("#speed")).to_have_text(re.compile(r"^[\d.]+ tokens/s$"))
     expect(page.locator("#memory")).to_have_text(re.compile(r"^state [\d,]+ bytes in 24 slots"))
+    expect(page.locator("#model")).to_have_value("bundle")
     expect(page.locator("#send")).to_be_disabled()
     page.click("#stop")
     expect(page.locator("#send")).to_be_enabled()

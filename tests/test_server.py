@@ -212,6 +212,77 @@ def test_streams_add_up(client: openai.OpenAI) -> None:
     assert [t for c in pieces for t in c.choices[0].logprobs.text_offset] == text.choices[0].logprobs.text_offset
 
 
+def test_several_choices_and_prompts(client: openai.OpenAI) -> None:
+    """Choice j of n is what seed + j gives alone; prompts count once each."""
+    prompts = ["one", "twenty"]
+    alone = [
+        client.completions.create(**completion_body(prompt=prompt, seed=seed, max_tokens=20)).choices[0].text
+        for prompt in prompts
+        for seed in (7, 8, 9)
+    ]
+    body = completion_body(prompt=prompts, seed=7, n=3, best_of=3, max_tokens=20)
+    out = client.completions.create(**body)
+    assert [(c.index, c.text) for c in out.choices] == list(enumerate(alone))
+    assert out.usage is not None
+    assert out.usage.prompt_tokens == len("one") + len("twenty")
+    assert out.usage.completion_tokens > 3 * 20
+    text = [""] * 6
+    for chunk in client.completions.create(**body, stream=True, stream_options={"include_usage": True}):
+        assert (chunk.usage is None) == bool(chunk.choices)
+        for choice in chunk.choices:
+            text[choice.index] += choice.text
+    assert text == alone
+    assert chunk.usage == out.usage
+
+    chat = chat_body(seed=7, n=2, max_tokens=20, logprobs=True)
+    said = client.chat.completions.create(**chat).choices
+    assert [c.index for c in said] == [0, 1]
+    second = client.chat.completions.create(**chat_body(seed=8, max_tokens=20, logprobs=True)).choices[0]
+    assert (said[1].message, said[1].logprobs) == (second.message, second.logprobs)
+    streamed = ["", ""]
+    roles = []
+    for chunk in client.chat.completions.create(**chat, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+            roles += [choice.delta.role] * (choice.delta.role is not None)
+    assert streamed == [c.message.content for c in said]
+    assert roles == ["assistant"] * 2
+
+
+def test_an_error_of_one_choice_ends_all(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(**completion_body(prompt=["a", ""], max_tokens=100_000))
+    server.wait_for("lococo_running_requests", 0)
+    stream = client.completions.create(**completion_body(n=6, max_tokens=100_000), stream=True)
+    next(iter(stream))
+    stream.close()
+    server.wait_for("lococo_running_requests", 0)
+    server.wait_for("lococo_waiting_requests", 0)
+
+
+def test_echo(client: openai.OpenAI, llm: LLM) -> None:
+    body = completion_body(seed=1, max_tokens=20)
+    text = client.completions.create(**body).choices[0].text
+    for prompt in ("Hello", llm.encode("Hello")):
+        body = completion_body(seed=1, max_tokens=20, prompt=prompt, echo=True)
+        assert client.completions.create(**body).choices[0].text == "Hello" + text
+        chunks = client.completions.create(**body, stream=True)
+        assert "".join(c.choices[0].text for c in chunks) == "Hello" + text
+    nothing = client.completions.create(**completion_body(max_tokens=0, echo=True)).choices[0]
+    assert (nothing.text, nothing.finish_reason) == ("Hello", "length")
+
+
+def test_what_clients_send_besides(client: openai.OpenAI) -> None:
+    """Labels, nulls, and an answer's message sent back as it came."""
+    labels: dict[str, Any] = {"user": "u", "safety_identifier": "s", "metadata": {"a": "b"}, "store": False}
+    labels |= {"prompt_cache_key": "k", "service_tier": "auto"}
+    out = client.chat.completions.create(**chat_body(**labels, stop=None, logit_bias=None, response_format=None))
+    message = out.choices[0].message
+    again = [*HELLO, message, message.model_dump(), {"role": "user", "content": "More", "name": "me"}]
+    assert client.chat.completions.create(**chat_body(messages=again)).choices
+    assert client.completions.create(**completion_body(user="u", stop=["a", "b", "c", "d"], suffix=None)).choices
+
+
 def test_the_stream_is_server_sent_events(server: Server) -> None:
     body = json.dumps(chat_body(stream=True)).encode()
     status, headers, data = server.request("POST", "/v1/chat/completions", body)
@@ -281,7 +352,12 @@ def test_answers_held_to_a_schema(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 1000}, "n"),
+        ({"functions": []}, "functions"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"store": True}, "store"),
+        ({"service_tier": "flex"}, "service_tier"),
         ({"tools": []}, "tools"),
         ({"invented": 1}, "invented"),
         ({"temperature": 2.1}, "temperature"),
@@ -321,12 +397,15 @@ def test_what_is_not_supported_is_named(server: Server, changes: dict[str, Any],
     [
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": ["a", [1]]}, "prompt"),
+        ({"prompt": ["a"] * 1000}, "prompt"),
         ({"prompt": [260]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [2**70]}, "prompt"),
         ({"prompt": "\ud800"}, "prompt"),
-        ({"echo": True}, "echo"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"n": 2, "best_of": 3}, "best_of"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"logprobs": 21}, "logprobs"),
@@ -340,8 +419,11 @@ def test_what_a_completion_refuses(server: Server, changes: dict[str, Any], para
 
 def test_errors_are_the_client_s_own(server: Server, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(**chat_body(n=2))
+        client.chat.completions.create(**chat_body(n=-1))
     assert (bad.value.param, bad.value.code) == ("n", "invalid_value")
+    with pytest.raises(openai.BadRequestError) as unknown:
+        client.chat.completions.create(**chat_body(tools=[{"type": "function", "function": {"name": "f"}}]))
+    assert (unknown.value.param, unknown.value.code) == ("tools", "unsupported_parameter")
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(**chat_body(model="gpt"))
     assert missing.value.code == "model_not_found"
@@ -808,6 +890,58 @@ def test_a_damaged_state_is_forgotten(bundle: Path, tmp_path: Path) -> None:
         assert server.metric("lococo_snapshot_errors_total") == 1
 
 
+# --- packs -----------------------------------------------------------------------------------------------------------
+
+
+def test_packs(bundle: Path, llm: LLM, tmp_path: Path) -> None:
+    """A model of its own for each pack: prompts are read behind it, and conversations go on behind it too."""
+    for name in ("a", "b"):
+        with llm.model.session() as session:
+            session.prefill(llm.encode(f"The manual of {name}. " * 20))
+            session.save(tmp_path / name)
+            read = session.position
+    options = ["--pack", f"first={tmp_path / 'a'}", "--pack", f"second={tmp_path / 'b'}"]
+    options += ["--state-dir", str(tmp_path / "states")]
+    sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True)
+    with serving(bundle, *options) as server, server.client() as client:
+        models = {model.id: model.model_dump()["num_read"] for model in client.models.list()}
+        assert models == {"bundle": 0, "bundle:first": read, "bundle:second": read}
+        assert client.models.retrieve("bundle:first").id == "bundle:first"
+        for prompt in (" Question?", ""):
+            for name, file in (("first", "a"), ("second", "b")):
+                with llm.model.session() as session:
+                    session.load(tmp_path / file)
+                    expected = llm.generate(prompt, sampling, session=session)
+                body = completion_body(model=f"bundle:{name}", prompt=prompt, seed=3, max_tokens=20)
+                out = client.completions.create(**body, extra_body={"ignore_eos": True})
+                assert out.choices[0].text == expected.text
+                assert out.usage is not None
+                assert out.usage.prompt_tokens == expected.num_prompt_tokens == read + len(prompt)
+        talks: dict[str, list[Any]] = {name: [] for name in models}
+        for name in models:
+            usage = next_turn(client, talks[name], model=name)
+            assert usage.prompt_tokens_details.cached_tokens == models[name]
+        server.stop(signal.SIGKILL)
+    with serving(bundle, *options) as server, server.client() as client:
+        for name in models:  # another pack's conversation of the same words is another conversation
+            usage = next_turn(client, talks[name], model=name)
+            assert usage.prompt_tokens_details.cached_tokens > models[name] + 20
+        for path in ("nothing", "first/../second", str(tmp_path / "a")):
+            with pytest.raises(openai.NotFoundError, match="bundle:first or bundle:second"):
+                client.completions.create(**completion_body(model=f"bundle:{path}"))
+    (tmp_path / "b").write_bytes(b"no state")
+    for wrong in (
+        f"second={tmp_path / 'b'}",
+        "second=missing",
+        "=file",
+        "name=",
+        "a:b=file",
+        f"first={tmp_path / 'a'}",
+    ):
+        with pytest.raises(RuntimeError, match=r"state|No such|not found|NAME=FILE|once"):
+            Server(bundle, *options[:2], "--pack", wrong)
+
+
 # --- the manual ------------------------------------------------------------------------------------------------------
 
 
@@ -816,18 +950,23 @@ def manual(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_the_manual_s_commands(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    address = f"127.0.0.1:{server.port}"
-    blocks = manual("python")
-    assert blocks
-    for block in blocks:
-        exec(compile(block.replace("127.0.0.1:8000", address), "serving.md", "exec"), {})
-    assert "completion_tokens" in capsys.readouterr().out
-    if shutil.which("curl") is None:
-        pytest.skip("curl is missing")
-    (commands,) = manual("bash")
-    script = "set -e\n" + commands.replace("127.0.0.1:8000", address)
-    out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+def test_the_manual_s_commands(bundle: Path, llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with llm.model.session() as session:
+        session.prefill(llm.encode("A manual."))
+        session.save(tmp_path / "manual.lococo")
+    with serving(bundle, "--pack", f"manual={tmp_path / 'manual.lococo'}") as server:
+        address = f"127.0.0.1:{server.port}"
+        names: dict[str, Any] = {}
+        for block in manual("python"):  # one program
+            exec(compile(block.replace("127.0.0.1:8000", address), "serving.md", "exec"), names)
+        assert "completion_tokens" in capsys.readouterr().out
+        assert names["answer"].model == "bundle:manual"
+        names["client"].close()
+        if shutil.which("curl") is None:
+            pytest.skip("curl is missing")
+        (commands,) = manual("bash")
+        script = "set -e\n" + commands.replace("127.0.0.1:8000", address)
+        out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     assert '"text_completion"' in out
     assert "lococo_running_requests 0.0" in out
 

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import json
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from lococo_runtime import LLM, CompletionChunk, InvalidArgumentError, LococoError
+from lococo_runtime import (
+    LLM,
+    CompletionChunk,
+    CompletionOutput,
+    Grammar,
+    InvalidArgumentError,
+    LococoError,
+    SamplingParams,
+)
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
@@ -26,6 +35,7 @@ from .engine import Engine, Lifetime, Limits, Work
 from .errors import ApiError, ClientGoneError, from_exception, from_validation
 from .metrics import Metrics
 from .protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Json
+from .snapshots import Pack
 
 log = logging.getLogger("lococo_server")
 
@@ -44,6 +54,7 @@ def create_app(
     api_key: str | None = None,
     allowed_hosts: Collection[str] | None = None,
     state_dir: str | os.PathLike[str] | None = None,
+    packs: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> FastAPI:
     """An ASGI application that serves a bundle; it closes `llm` when it shuts down.
 
@@ -55,11 +66,15 @@ def create_app(
         allowed_hosts: names and addresses in lower case, without port, that clients may call the server by; None allows
             all. It keeps out a page whose own name resolves to this machine (DNS rebinding).
         state_dir: where conversations are kept, so that they survive the process; None keeps them in memory.
+        packs: state files by name. Each is a model of its own for clients, `model_name:name`, whose prompts are read
+            behind what the state has read.
 
     Raises:
-        see `SessionPool`, which has state_dir.
+        see `SessionPool`, which has state_dir, and `Session.load`, which reads the packs.
     """
     limits = limits or Limits()
+    loaded = {f"{model_name}:{name}": Pack.load(llm.model, path) for name, path in (packs or {}).items()}
+    models: dict[str, Pack | None] = {model_name: None, **loaded}
     metrics = Metrics()
     engine = Engine(llm, limits, state_dir=state_dir, metrics=metrics)
     created = int(time.time())
@@ -92,21 +107,22 @@ def create_app(
     async def gone(_: Request, e: ClientGoneError) -> Response:
         return Response(status_code=499)  # nobody reads it
 
-    def card() -> Json:
-        cache = llm.model.manifest.cache
+    def card(name: str, pack: Pack | None) -> Json:
         return {
-            "id": model_name,
+            "id": name,
             "object": "model",
             "created": created,
             "owned_by": "lococo",
             "state_bytes": llm.model.state_bytes,
-            "num_slots": cache.mem_size,
+            "num_slots": llm.model.manifest.cache.mem_size,
+            "num_read": 0 if pack is None else pack.position,
         }
 
-    def check_model(name: str) -> None:
-        if name != model_name:
-            message = f"model: expected {model_name!r}, got {name!r}"
+    def find(name: str) -> Pack | None:
+        if name not in models:
+            message = f"model: expected {' or '.join(models)}, got {name[:200]!a}"
             raise ApiError(404, message, param="model", code="model_not_found")
+        return models[name]
 
     def check_length(ids: list[int], param: str) -> None:
         if len(ids) > limits.prompt_tokens:
@@ -114,27 +130,45 @@ def create_app(
             raise ApiError(400, message, param=param, code="context_length_exceeded")
 
     @app.get("/v1/models")
-    async def models() -> Json:
-        return {"object": "list", "data": [card()]}
+    async def list_models() -> Json:
+        return {"object": "list", "data": [card(*each) for each in models.items()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Json:
-        check_model(name)
-        return card()
+        return card(name, find(name))
+
+    def works(
+        prompts: Sequence[list[int]], n: int, params: SamplingParams, grammar: Grammar | None = None, **more: Any
+    ) -> list[Work]:
+        """Those of one request: n choices for each prompt, with seeds that follow one another."""
+        most = engine.num_sessions + limits.queue
+        if len(prompts) * n > most:
+            name = "n" if n > 1 else "prompt"
+            message = f"{name}: expected at most {most} choices in all, got {len(prompts) * n}"
+            raise ApiError(400, message, param=name, code="invalid_value")
+        each = [dataclasses.replace(params, seed=(params.seed + i) % 2**64) for i in range(n)]
+        return [Work(ids, one, grammar, **more) for ids in prompts for one in each]
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        check_model(body.model)
+        pack = find(body.model)
         params = body.params(limits.new_tokens)
-        prompt = body.one_prompt()
-        ids = await engine.call(llm.encode, prompt) if isinstance(prompt, str) else prompt
-        check_length(ids, "prompt")
-        work = Work(ids, params)
-        return await _respond(engine, work, CompletionAnswer(llm, body, params), body, request)
+        prompts = body.prompts()
+        ids = await engine.call(
+            lambda: [llm.encode(p, add_special_tokens=pack is None) if isinstance(p, str) else p for p in prompts]
+        )
+        for prompt in ids:
+            check_length(prompt, "prompt")
+        todo = works(ids, body.n, params, pack=pack)
+        echoes = []
+        if body.echo:
+            texts = [p if isinstance(p, str) else llm.tokenizer.decode(p, skip_special_tokens=False) for p in prompts]
+            echoes = [text for text in texts for _ in range(body.n)]
+        return await _respond(engine, todo, CompletionAnswer(llm, body, params, len(todo), echoes), body, request)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        check_model(body.model)
+        pack = find(body.model)
         params = body.params(limits.new_tokens)
         grammar = body.response_format.grammar() if body.response_format is not None else None
 
@@ -149,8 +183,8 @@ def create_app(
         except InvalidArgumentError as e:
             raise ApiError(400, f"messages: {e}", param="messages", code="invalid_value") from e
         check_length(ids, "messages")
-        work = Work(ids, params, grammar, text if body.cache_prompt else None)
-        return await _respond(engine, work, ChatAnswer(llm, body, params), body, request)
+        todo = works([ids], body.n, params, grammar, pack=pack, text=text if body.cache_prompt else None)
+        return await _respond(engine, todo, ChatAnswer(llm, body, params, len(todo)), body, request)
 
     @app.get("/health")
     async def health() -> Json:
@@ -169,20 +203,23 @@ def create_app(
     return app
 
 
+_Chunks = AsyncGenerator[tuple[int, CompletionChunk], None]
+
+
 async def _respond(
     engine: Engine,
-    work: Work,
+    works: Sequence[Work],
     answer: CompletionAnswer | ChatAnswer,
     body: CompletionRequest | ChatRequest,
     request: Request,
 ) -> Response:
     """The answer: JSON, or a stream that has its first token, so that what goes wrong before has a status."""
     life = Lifetime(request.receive, engine.limits.seconds)
-    chunks = engine.chunks(work, life)
+    chunks = engine.chunks(works, life)
     try:
         first = await anext(chunks)
         if body.stream:
-            return _EventStream(_events(chunks, first, work, answer, body.include_usage), chunks, life)
+            return _EventStream(_events(chunks, first, works, answer), chunks, life)
         async for _ in chunks:
             pass
     except BaseException:
@@ -190,34 +227,34 @@ async def _respond(
         life.close()
         raise
     life.close()
-    if work.output is None:
+    return Response(json.dumps(answer.whole(_outputs(works))), media_type="application/json")
+
+
+def _outputs(works: Sequence[Work]) -> list[CompletionOutput]:
+    outputs = [work.output for work in works if work.output is not None]
+    if len(outputs) != len(works):
         raise RuntimeError("a completion ended without an output")
-    return Response(json.dumps(answer.whole(work.output)), media_type="application/json")
+    return outputs
 
 
 async def _events(
-    chunks: AsyncGenerator[CompletionChunk, None],
-    chunk: CompletionChunk | None,
-    work: Work,
-    answer: CompletionAnswer | ChatAnswer,
-    include_usage: bool,
+    chunks: _Chunks, first: tuple[int, CompletionChunk], works: Sequence[Work], answer: CompletionAnswer | ChatAnswer
 ) -> AsyncGenerator[Json, None]:
     for event in answer.begin():
         yield event
-    while chunk is not None:
-        if (event_or_none := answer.chunk(chunk)) is not None:
+    following: tuple[int, CompletionChunk] | None = first
+    while following is not None:
+        if (event_or_none := answer.chunk(*following)) is not None:
             yield event_or_none
-        chunk = await anext(chunks, None)
-    if include_usage and work.output is not None:
-        yield answer.usage_chunk(work.output)
+        following = await anext(chunks, None)
+    for event in answer.end(_outputs(works)):
+        yield event
 
 
 class _EventStream(Response):
     """Server-sent events, one for each JSON object, and [DONE]. An error becomes the last event."""
 
-    def __init__(
-        self, events: AsyncGenerator[Json, None], chunks: AsyncGenerator[CompletionChunk, None], life: Lifetime
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[Json, None], chunks: _Chunks, life: Lifetime) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
         self._events, self._chunks, self._life = events, chunks, life

@@ -6,6 +6,7 @@ import argparse
 import functools
 import ipaddress
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 import uvicorn
-from lococo_runtime import LLM
+from lococo_runtime import LLM, InvalidArgumentError
 from lococo_runtime.cli import guarded
 
 from .app import create_app
@@ -43,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--api-key", metavar="KEY", help="asked of clients; better in LOCOCO_API_KEY")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="keep conversations on disk, over restarts")
+    parser.add_argument(
+        "--pack",
+        action="append",
+        default=[],
+        type=_pack,
+        metavar="NAME=FILE",
+        help="a state file that clients start from as model MODEL:NAME; may be repeated",
+    )
     model = parser.add_argument_group("running the model")
     model.add_argument("--device", default="cpu", help="cpu, or cuda:0 and on with --backend tensorrt")
     model.add_argument("--backend", default="onnxruntime", choices=["onnxruntime", "tensorrt"], help="(onnxruntime)")
@@ -79,6 +88,9 @@ def _serve(args: argparse.Namespace) -> int:
     if not api_key and not _is_loopback(args.host):
         print(f"note: others can reach {args.host}, and no key is asked of them; see --api-key", file=sys.stderr)
     limits = Limits(**{name: getattr(args, name) for name in Limits.__dataclass_fields__})
+    packs = dict(args.pack)
+    if len(packs) != len(args.pack):
+        raise InvalidArgumentError("--pack: expected each name once")
     llm = LLM(args.bundle, device=args.device, backend=args.backend, num_threads=args.threads)
     app = create_app(
         llm,
@@ -87,6 +99,7 @@ def _serve(args: argparse.Namespace) -> int:
         api_key=api_key,
         allowed_hosts=_allowed_hosts(args.host, args.allow_host),
         state_dir=args.state_dir,
+        packs=packs,
     )
     config = uvicorn.Config(
         app,
@@ -104,6 +117,13 @@ def _serve(args: argparse.Namespace) -> int:
     server = uvicorn.Server(config)
     server.run()
     return 0 if server.started else 1
+
+
+def _pack(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not (re.fullmatch(r"[\w.-]+", name) and equals and file):
+        raise argparse.ArgumentTypeError(f"expected NAME=FILE, as in manual=manual.lococo, got {text!r}")
+    return name, file
 
 
 def _allowed_hosts(host: str, names: Sequence[str]) -> list[str] | None:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from starlette.types import Receive
 from .batching import SharedSteps
 from .errors import ApiError, ClientGoneError
 from .metrics import Metrics
-from .snapshots import Origin, Snapshots
+from .snapshots import Origin, Pack, Snapshots
 
 log = logging.getLogger("lococo_server")
 
@@ -97,7 +97,7 @@ class Lifetime:
         self.reason: ApiError | ClientGoneError | None = None
         late = ApiError(504, f"the request took more than {seconds:g} s; ask for fewer tokens", code="timeout")
         self._deadline = self.began + seconds
-        self._timer = self._loop.call_at(self._deadline, self._end, late)
+        self._timer = self._loop.call_at(self._deadline, self.end, late)
         self._watch = asyncio.create_task(self._wait_for_disconnect(receive))
 
     async def wait(self, awaited: asyncio.Future[T]) -> T:
@@ -123,7 +123,8 @@ class Lifetime:
         self._watch.cancel()
         self._over.cancel()
 
-    def _end(self, reason: ApiError | ClientGoneError) -> None:
+    def end(self, reason: ApiError | ClientGoneError) -> None:
+        """Nobody waits for an answer any more."""
         if not self._over.done():
             self.reason = reason
             self._over.set_result(None)
@@ -131,7 +132,7 @@ class Lifetime:
     async def _wait_for_disconnect(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._end(ClientGoneError())
+        self.end(ClientGoneError())
 
 
 @dataclass
@@ -139,6 +140,7 @@ class Work:
     """What a request asks for.
 
     text: of the prompt, special tokens written out, if the conversation may continue; None keeps nothing.
+    pack: what the prompt is read behind.
     output: what has been made of it so far.
     """
 
@@ -146,6 +148,7 @@ class Work:
     params: SamplingParams
     grammar: Grammar | None = None
     text: str | None = None
+    pack: Pack | None = None
     output: CompletionOutput | None = None
 
 
@@ -191,8 +194,32 @@ class Engine:
         """Runs a function in one of the engine's threads."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
-    async def chunks(self, work: Work, life: Lifetime) -> AsyncGenerator[CompletionChunk, None]:
-        """A chunk for every token. Close it, or read it to its end.
+    async def chunks(self, works: Sequence[Work], life: Lifetime) -> AsyncGenerator[tuple[int, CompletionChunk], None]:
+        """A chunk for every token, with the number of its work. Close it, or read it to its end. Raises as `_chunks`.
+
+        Each work waits for a session of its own. An error of one ends all.
+        """
+        streams = [self._chunks(work, life) for work in works]
+        waiting = {asyncio.ensure_future(anext(stream, None)): i for i, stream in enumerate(streams)}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for future in done:
+                    chunk = future.result()
+                    i = waiting.pop(future)
+                    if chunk is not None:
+                        yield i, chunk
+                        waiting[asyncio.ensure_future(anext(streams[i], None))] = i
+        except BaseException as e:
+            life.end(e if isinstance(e, ApiError) else ClientGoneError())
+            raise
+        finally:
+            await asyncio.gather(*waiting, return_exceptions=True)
+            for stream in streams:
+                await stream.aclose()
+
+    async def _chunks(self, work: Work, life: Lifetime) -> AsyncGenerator[CompletionChunk, None]:
+        """A chunk for every token of one work.
 
         Raises:
             ApiError: the queue is full (429), the time is up (504).
@@ -236,11 +263,16 @@ class Engine:
             self._release(session)
 
     def _begin(self, session: Session, work: Work) -> tuple[CompletionStream, Origin | None]:
-        session.reset()
         ids, origin = work.ids, None
         if work.text is not None and self._snapshots is not None:
-            origin = self._snapshots.load(session, ids, work.text)
-            ids = origin.rest
+            origin = self._snapshots.load(session, ids, work.text, work.pack)
+            if origin is not None:
+                ids = origin.rest
+            else:
+                _start(session, work.pack)
+                origin = Origin(work.pack, [], b"", ids)
+        else:
+            _start(session, work.pack)
         step = None if self._steps is None else self._steps.step
         return self.llm.generate_stream(ids, work.params, grammar=work.grammar, session=session, step=step), origin
 
@@ -295,6 +327,13 @@ class Engine:
         for session in self._free:
             session.close()
         self.llm.close()
+
+
+def _start(session: Session, pack: Pack | None) -> None:
+    if pack is None:
+        session.reset()
+    else:
+        session.set_state(pack.state)
 
 
 def _batch(llm: LLM) -> Batch | None:

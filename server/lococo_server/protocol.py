@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from lococo_runtime import LLM, CompletionChunk, CompletionOutput, Grammar, SamplingParams, TokenLogprobs
@@ -51,6 +52,7 @@ class StreamOptions(_Model):
     """With include_usage, a last chunk has the usage."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class NamedSchema(_Model):
@@ -81,7 +83,7 @@ class _Request(_Model):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] = 1
+    n: Annotated[int, Field(ge=1)] = 1
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
@@ -89,6 +91,13 @@ class _Request(_Model):
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: str | list[str] = []
+    # labels, and values that ask for nothing
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
     # of ours, under the names that other servers have given them
     top_k: NonNegative = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -110,7 +119,7 @@ class _Request(_Model):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias={int(token_id): bias for token_id, bias in self.logit_bias.items()},
-            seed=secrets.randbits(64) if self.seed is None else self.seed % 2**64,
+            seed=(secrets.randbits(64) if self.seed is None else self.seed) % 2**64,
             max_tokens=max_tokens,
             stop=self.stop,
             stop_token_ids=self.stop_token_ids,
@@ -131,26 +140,28 @@ def _allowed(max_tokens: int, limit: int, name: str) -> int:
 
 
 class CompletionRequest(_Request):
-    """The body of /v1/completions. A prompt is a text or token ids, or a list of one such."""
+    """The body of /v1/completions. A prompt is a text or token ids, or a list of such."""
 
     prompt: str | list[NonNegative] | list[str] | list[list[NonNegative]]
     max_tokens: NonNegative = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: Literal[1] = 1
-    echo: Literal[False] = False
+    best_of: int | None = None
+    echo: bool = False
 
     def params(self, limit: int) -> SamplingParams:
         """For the runtime. Raises ApiError, InvalidArgumentError."""
+        if self.best_of not in (None, self.n):
+            raise ApiError(400, f"best_of: expected n, which is {self.n}, got {self.best_of}", param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise ApiError(400, "echo: not with logprobs, as a prompt's tokens have none here", param="echo")
         return self._params(_allowed(self.max_tokens, limit, "max_tokens"), self.logprobs)
 
-    def one_prompt(self) -> str | list[int]:
-        """The prompt, out of its list. Raises ApiError."""
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or several. Raises ApiError."""
         prompt: Any = self.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise ApiError(400, f"prompt: expected one, got {len(prompt)}; ask for each by itself", param="prompt")
-            prompt = prompt[0]
-        return prompt  # type: ignore[no-any-return]  # validated
+        if not isinstance(prompt, list):
+            return [prompt]
+        return prompt if prompt and not isinstance(prompt[0], int) else [prompt]
 
 
 class ChatRequest(_Request):
@@ -185,16 +196,19 @@ class _Answer:
         llm: the bundle.
         request: the body.
         params: what was made of it.
+        num_choices: `request.n` for each prompt.
     """
 
     prefix: str
     object: str
     chunk_object: str
 
-    def __init__(self, llm: LLM, request: _Request, params: SamplingParams) -> None:
+    def __init__(self, llm: LLM, request: _Request, params: SamplingParams, num_choices: int) -> None:
         self._detokenizer = llm.detokenizer
         self._ends = {*params.stop_token_ids, *(() if params.ignore_eos else llm.model.manifest.model.eos_token_ids)}
         self._with_logprobs = params.logprobs is not None
+        self._with_usage = request.include_usage
+        self._n, self._num_choices = request.n, num_choices
         self._head: Json = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -202,8 +216,9 @@ class _Answer:
             "system_fingerprint": f"lococo-{llm.model.manifest.bundle_id[:16]}",
         }
 
-    def _envelope(self, kind: str, choices: list[Json], **more: Json | None) -> Json:
-        return {**self._head, "object": kind, "choices": choices, **more}
+    def _chunk(self, choices: list[Json], usage: Json | None = None) -> Json:
+        body = {**self._head, "object": self.chunk_object, "choices": choices}
+        return {**body, "usage": usage} if self._with_usage else body
 
     def _entries(self, logprobs: list[TokenLogprobs]) -> list[TokenLogprobs]:
         """Those of text: a token that ends an answer has none."""
@@ -221,60 +236,89 @@ class _Answer:
         """What a stream begins with."""
         return []
 
-    def chunk(self, chunk: CompletionChunk) -> Json | None:
+    def chunk(self, index: int, chunk: CompletionChunk) -> Json | None:
         """A chunk of a stream, or None if the token adds nothing yet."""
         logprobs = None if chunk.logprobs is None else self._entries([chunk.logprobs])
         if not (chunk.text or logprobs or chunk.finish_reason):
             return None
-        choice = {**self._delta(chunk.text), **self._tail(logprobs), "finish_reason": chunk.finish_reason}
-        return self._envelope(self.chunk_object, [choice])
+        choice = {**self._delta(chunk.text), **self._tail(index, logprobs), "finish_reason": chunk.finish_reason}
+        return self._chunk([choice])
 
-    def usage_chunk(self, output: CompletionOutput) -> Json:
-        """The last chunk of a stream that was asked for its usage."""
-        return self._envelope(self.chunk_object, [], usage=usage(output))
+    def end(self, outputs: Sequence[CompletionOutput]) -> list[Json]:
+        """What a stream ends with: the usage, if it was asked for."""
+        return [self._chunk([], self._usage(outputs))] if self._with_usage else []
 
-    def whole(self, output: CompletionOutput) -> Json:
+    def whole(self, outputs: Sequence[CompletionOutput]) -> Json:
         """The answer."""
-        logprobs = None if output.logprobs is None else self._entries(output.logprobs)
-        choice = {**self._message(output.text), **self._tail(logprobs), "finish_reason": output.finish_reason}
-        return self._envelope(self.object, [choice], usage=usage(output))
+        choices = []
+        for index, output in enumerate(outputs):
+            logprobs = None if output.logprobs is None else self._entries(output.logprobs)
+            tail = self._tail(index, logprobs)
+            choices.append({**self._message(index, output.text), **tail, "finish_reason": output.finish_reason})
+        return {**self._head, "object": self.object, "choices": choices, "usage": self._usage(outputs)}
 
-    def _tail(self, logprobs: list[TokenLogprobs] | None) -> Json:
-        return {"index": 0, "logprobs": self._logprobs(logprobs) if logprobs or self._with_logprobs else None}
+    def _usage(self, outputs: Sequence[CompletionOutput]) -> Json:
+        """Tokens read, each prompt once, and generated; the token that ended an answer counts."""
+        prompts = outputs[:: self._n]
+        num_prompt = sum(output.num_prompt_tokens for output in prompts)
+        num_generated = sum(len(output.token_ids) for output in outputs)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_generated,
+            "total_tokens": num_prompt + num_generated,
+            "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in prompts)},
+        }
+
+    def _tail(self, index: int, logprobs: list[TokenLogprobs] | None) -> Json:
+        found = self._logprobs(index, logprobs or []) if logprobs or self._with_logprobs else None
+        return {"index": index, "logprobs": found}
 
     def _delta(self, text: str) -> Json:
         raise NotImplementedError
 
-    def _message(self, text: str) -> Json:
+    def _message(self, index: int, text: str) -> Json:
         raise NotImplementedError
 
-    def _logprobs(self, entries: list[TokenLogprobs] | None) -> Json:
+    def _logprobs(self, index: int, entries: list[TokenLogprobs]) -> Json:
         raise NotImplementedError
 
 
 class CompletionAnswer(_Answer):
-    """Of /v1/completions."""
+    """Of /v1/completions; `echoes` are the choices' prompts, if they are to be shown before the text."""
 
     prefix = "cmpl"
     object = chunk_object = "text_completion"
-    _offset = 0
+
+    def __init__(
+        self, llm: LLM, request: CompletionRequest, params: SamplingParams, num_choices: int, echoes: Sequence[str] = ()
+    ) -> None:
+        super().__init__(llm, request, params, num_choices)
+        self._echoes = echoes
+        self._offsets = [0] * num_choices
+
+    def begin(self) -> list[Json]:
+        """The prompts, if they are to be shown."""
+        return [
+            self._chunk([{"text": echo, **self._tail(index, None), "finish_reason": None}])
+            for index, echo in enumerate(self._echoes)
+        ]
 
     def _delta(self, text: str) -> Json:
         return {"text": text}
 
-    def _message(self, text: str) -> Json:
-        return {"text": text}
+    def _message(self, index: int, text: str) -> Json:
+        return {"text": self._echoes[index] + text if self._echoes else text}
 
-    def _logprobs(self, entries: list[TokenLogprobs] | None) -> Json:
-        tokens = [self._token(entry.token_id)[0] for entry in entries or ()]
+    def _logprobs(self, index: int, entries: list[TokenLogprobs]) -> Json:
+        tokens = [self._token(entry.token_id)[0] for entry in entries]
         offsets = []
         for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token)
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token)
         return {
             "tokens": tokens,
-            "token_logprobs": [entry.logprob for entry in entries or ()],
-            "top_logprobs": [{self._token(i)[0]: p for i, p in entry.top.items()} for entry in entries or ()],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [{self._token(i)[0]: p for i, p in entry.top.items()} for entry in entries],
             "text_offset": offsets,
         }
 
@@ -287,17 +331,20 @@ class ChatAnswer(_Answer):
     chunk_object = "chat.completion.chunk"
 
     def begin(self) -> list[Json]:
-        """The role."""
-        choice = {"delta": {"role": "assistant", "content": ""}, **self._tail(None), "finish_reason": None}
-        return [self._envelope(self.chunk_object, [{**choice, "logprobs": None}])]
+        """The role, for each choice."""
+        delta = {"role": "assistant", "content": ""}
+        return [
+            self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+            for index in range(self._num_choices)
+        ]
 
     def _delta(self, text: str) -> Json:
         return {"delta": {"content": text} if text else {}}
 
-    def _message(self, text: str) -> Json:
+    def _message(self, index: int, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _logprobs(self, entries: list[TokenLogprobs] | None) -> Json:
+    def _logprobs(self, index: int, entries: list[TokenLogprobs]) -> Json:
         def entry(token_id: int, logprob: float) -> Json:
             text, raw = self._token(token_id)
             return {"token": text, "logprob": logprob, "bytes": list(raw)}
@@ -305,17 +352,7 @@ class ChatAnswer(_Answer):
         return {
             "content": [
                 {**entry(e.token_id, e.logprob), "top_logprobs": [entry(i, p) for i, p in e.top.items()]}
-                for e in entries or ()
+                for e in entries
             ],
             "refusal": None,
         }
-
-
-def usage(output: CompletionOutput) -> Json:
-    """Tokens read and generated; the token that ended the answer counts."""
-    return {
-        "prompt_tokens": output.num_prompt_tokens,
-        "completion_tokens": len(output.token_ids),
-        "total_tokens": output.num_prompt_tokens + len(output.token_ids),
-        "prompt_tokens_details": {"cached_tokens": output.num_cached_tokens},
-    }

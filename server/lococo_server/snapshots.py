@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from lococo_runtime import LLM, CorruptError, LococoError, Session, SessionPool, StateMismatchError, VersionError
+from lococo_runtime import (
+    LLM,
+    CorruptError,
+    LococoError,
+    Model,
+    Session,
+    SessionPool,
+    StateMismatchError,
+    VersionError,
+)
 
 from .metrics import Metrics
 
@@ -23,14 +32,39 @@ _UNKNOWN = "0" * 32
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a session stands before it reads a prompt: what is known of the text in it.
+class Pack:
+    """A state that conversations begin with.
 
+    Attributes:
+        state: as `Session.state`.
+        position: tokens read in it.
+        key: of what it is, whatever its name.
+    """
+
+    state: bytes
+    position: int
+    key: bytes
+
+    @classmethod
+    def load(cls, model: Model, path: str | os.PathLike[str]) -> Pack:
+        """From a state file. Raises as `Session.load`."""
+        with model.session() as session:
+            session.load(path)
+            state = session.state()
+            return cls(state, session.position, hashlib.sha256(state).digest())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a session stands before it reads a prompt: what is known of the text in it, behind a pack if there is one.
+
+    pack: what it began with.
     token_ids: read so far; None where only their text is known.
     text: the same as UTF-8, special tokens written out; None within a character.
     rest: the ids still to be read of the prompt.
     """
 
+    pack: Pack | None
     token_ids: list[int] | None
     text: bytes | None
     rest: list[int]
@@ -63,28 +97,31 @@ class Snapshots:
         self._pool = SessionPool(llm.model, directory, max_sessions=in_memory)
         self._forget_beyond_limit()
 
-    def load(self, session: Session, ids: list[int], text: str) -> Origin:
-        """Puts the longest state that a prompt continues into an empty session.
+    def load(self, session: Session, ids: list[int], text: str, pack: Pack | None) -> Origin | None:
+        """Puts the longest state that a prompt continues into a session; None, and nothing done, if there is none.
 
         Args:
-            session: empty.
+            session: any.
             ids: of the prompt.
             text: of the prompt, special tokens written out.
+            pack: what the prompt is read behind.
         """
         data = text.encode()
         with self._lock:
             for name in sorted(self._pool.sessions(), key=_num_tokens, reverse=True):
-                origin = self._origin(name, ids, data)
+                origin = self._origin(name, ids, data, pack)
                 if origin is not None and self._copy(name, session):
                     return origin
-        return Origin([], b"", ids)
+        return None
 
     def save(self, session: Session, origin: Origin, read_ids: Sequence[int]) -> None:
         """Keeps the state of a session that has read `read_ids` behind `origin`."""
         read = self._llm.detokenizer.whole_text(read_ids)
         text = None if read is None or origin.text is None else origin.text + read.encode()
-        token_hash = _UNKNOWN if origin.token_ids is None else self._hash(_bytes([*origin.token_ids, *read_ids]))
-        text_hash = _UNKNOWN if text is None else self._hash(text)
+        token_hash = (
+            _UNKNOWN if origin.token_ids is None else self._hash(_bytes([*origin.token_ids, *read_ids]), origin.pack)
+        )
+        text_hash = _UNKNOWN if text is None else self._hash(text, origin.pack)
         name = f"{session.position}-{token_hash}-{len(text or b'')}-{text_hash}"
         try:
             with self._lock:
@@ -106,19 +143,19 @@ class Snapshots:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def _origin(self, name: str, ids: list[int], text: bytes) -> Origin | None:
+    def _origin(self, name: str, ids: list[int], text: bytes, pack: Pack | None) -> Origin | None:
         """Where the state `name` stands, if the prompt continues it."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None
-        num_tokens, num_bytes = int(match[1]), int(match[3])
-        if 0 < num_tokens < len(ids) and self._hash(_bytes(ids[:num_tokens])) == match[2]:
+        num_tokens, num_bytes = int(match[1]) - (0 if pack is None else pack.position), int(match[3])
+        if 0 < num_tokens < len(ids) and self._hash(_bytes(ids[:num_tokens]), pack) == match[2]:
             known = self._llm.detokenizer.whole_text(ids[:num_tokens])
-            return Origin(ids[:num_tokens], None if known is None else known.encode(), ids[num_tokens:])
-        if 0 < num_bytes < len(text) and self._hash(text[:num_bytes]) == match[4]:
+            return Origin(pack, ids[:num_tokens], None if known is None else known.encode(), ids[num_tokens:])
+        if 0 < num_bytes < len(text) and self._hash(text[:num_bytes], pack) == match[4]:
             rest = self._llm.encode(text[num_bytes:].decode(), add_special_tokens=False)
             if rest and rest[0] in self._llm.detokenizer.special_ids:  # where a tokenizer always cuts
-                return Origin(None, text[:num_bytes], rest)
+                return Origin(pack, None, text[:num_bytes], rest)
         return None
 
     def _copy(self, name: str, session: Session) -> bool:
@@ -138,8 +175,8 @@ class Snapshots:
             self._pool.remove(name)
         self._metrics.snapshots.set(min(len(names), self._keep))
 
-    def _hash(self, data: bytes) -> str:
-        return hashlib.sha256(self._salt + data).hexdigest()[:32]
+    def _hash(self, data: bytes, pack: Pack | None) -> str:
+        return hashlib.sha256(self._salt + (b"" if pack is None else pack.key) + data).hexdigest()[:32]
 
 
 def _num_tokens(name: str) -> int:
