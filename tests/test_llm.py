@@ -32,6 +32,7 @@ from lococo_runtime._detokenizer import Detokenizer
 from lococo_runtime.llm import load_tokenizer, stream_text
 from tiny_models import make_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from lococo_export import export_bundle, load_checkpoint
 
@@ -488,6 +489,32 @@ def test_async_after_close(bundle: Path) -> None:
 
     asyncio.run(run())
     assert not completion_module._claimed
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_read_is_prefill_in_blocks(llm: LLM) -> None:
+    text, seen = "naïve 漢字 " * 10, []
+    ids = llm.encode(text)
+    with llm.model.session() as session, llm.model.session() as plain:
+        assert llm.read(text, session, progress=lambda *step: seen.append(step)) == len(ids)
+        plain.prefill(ids)
+        assert session.state() == plain.state()
+        assert seen == [(min(done, len(ids)), len(ids)) for done in range(16, len(ids) + 16, 16)]
+        assert llm.read([5, 6], session) == 2
+        for wrong, error in (("", EmptyPromptError), ([], EmptyPromptError), ([1] * 20 + [999], TokenIdError)):
+            with pytest.raises(error, match="prompt"):
+                llm.read(wrong, session)
+        assert session.position == len(ids) + 2
+
+
+def test_read_begins_a_text_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that a tokenizer puts before a text come at position 0 only."""
+    begin = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 256)])
+    monkeypatch.setattr(llm.tokenizer, "post_processor", begin)
+    with llm.model.session() as session:
+        assert [llm.read("abc", session) for _ in range(2)] == [4, 3]
 
 
 # --- conversations ---------------------------------------------------------------------------------------------------

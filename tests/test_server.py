@@ -145,6 +145,20 @@ def endless(**changes: Any) -> dict[str, Any]:
 # --- what is answered ------------------------------------------------------------------------------------------------
 
 
+def test_the_address_is_printed(bundle: Path) -> None:
+    """The one line on stdout, and it is true at once."""
+    command = [sys.executable, "-m", "lococo_server", str(bundle), "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        try:
+            assert openai.OpenAI(base_url=f"{address}/v1", api_key="none").models.list().data[0].id == "bundle"
+        finally:
+            process.terminate()
+        assert process.stdout.read() == ""
+    assert process.returncode == 0
+
+
 def test_models(server: Server, client: openai.OpenAI, llm: LLM) -> None:
     (model,) = client.models.list().data
     assert model.id == client.models.retrieve("bundle").id == "bundle"

@@ -19,7 +19,6 @@ from .completion import CompletionStream
 from .grammar import Grammar
 from .llm import LLM
 from .sampling import SamplingParams
-from .session import Session
 
 
 def guarded(main: Callable[[], int]) -> int:
@@ -127,10 +126,9 @@ def _run(args: argparse.Namespace) -> int:
             llm.chat_template.select()  # before a long file is read
         if args.load_state:
             session.load(args.load_state)
-        ids = llm.encode(text, add_special_tokens=session.position == 0) if text else []
         start = time.perf_counter()
-        read_with_progress(session, ids)
-        show_speed("read", len(ids), time.perf_counter() - start)
+        num_read = llm.read(text, session, progress=_show_reading) if text else 0
+        show_speed("read", num_read, time.perf_counter() - start)
         status = 0
         if args.chat:
             status = _converse(Chat(llm, _system(args), session=session), args.prompt, params, grammar)
@@ -201,17 +199,10 @@ def show_speed(what: str, count: int, seconds: float) -> None:
         print(f"{what} {count:,} tokens in {seconds:.1f} s ({count / seconds:.1f} tokens/s)", file=sys.stderr)
 
 
-def read_with_progress(session: Session, ids: Sequence[int]) -> None:
-    """Prefills block by block, with a progress line on stderr where it is a terminal."""
-    block = session.model.manifest.cache.block_size
-    show = sys.stderr.isatty() and len(ids) > block
-    for first in range(0, len(ids), block):
-        session.prefill(ids[first : first + block])
-        if show:
-            done = min(first + block, len(ids))
-            print(f"\rreading {done:,}/{len(ids):,} tokens", end="", file=sys.stderr, flush=True)
-    if show:
-        print(file=sys.stderr)
+def _show_reading(done: int, total: int) -> None:
+    """Progress on stderr, where it is a terminal."""
+    if sys.stderr.isatty():
+        print(f"\rreading {done:,}/{total:,} tokens", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def inspect_main(argv: Sequence[str] | None = None) -> int:

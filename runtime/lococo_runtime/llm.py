@@ -228,6 +228,34 @@ class LLM:
             )
         )
 
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, prompt: Prompt, session: Session, *, progress: Callable[[int, int], None] | None = None) -> int:
+        """Reads a text, or token ids, into `session`, behind what it has read before, and writes nothing.
+
+        It reads block by block: between two of them Ctrl-C is heard, and what was read until then stays read.
+
+        Args:
+            prompt: text or token ids.
+            session: of this model; see above.
+            progress: called after every block with the tokens read and those of the prompt.
+
+        Returns:
+            the tokens of the prompt.
+
+        Raises:
+            EmptyPromptError: an empty prompt. TokenIdError: an id outside the vocabulary; nothing has been read then.
+            CancelledError: `Session.cancel`. BusyError, ClosedError, DeadSessionError, BackendError.
+        """
+        ids = self.encode(prompt, add_special_tokens=session.position == 0) if isinstance(prompt, str) else prompt
+        array = check_ids(ids, self.model.vocab_size, "prompt")  # (T)
+        block = self.model.manifest.cache.block_size
+        for first in range(0, array.size, block):
+            session.prefill(array[first : first + block])
+            if progress is not None:
+                progress(min(first + block, array.size), array.size)
+        return array.size
+
     # --- the parts ---------------------------------------------------------------------------------------------------
 
     def apply_chat_template(

@@ -8,6 +8,7 @@ import ipaddress
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ def _serve(args: argparse.Namespace) -> int:
     )
     # uvicorn sends itself the signal again when it has drained; being asked to end is no failure
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    server = uvicorn.Server(config)
+    server = _Server(config)
     server.run()
     return 0 if server.started else 1
 
@@ -124,6 +125,17 @@ def _pack(text: str) -> tuple[str, str]:
     if not (re.fullmatch(r"[\w.-]+", name) and equals and file):
         raise argparse.ArgumentTypeError(f"expected NAME=FILE, as in manual=manual.lococo, got {text!r}")
     return name, file
+
+
+class _Server(uvicorn.Server):
+    """Prints its address on stdout as soon as it takes requests: for whoever started it with --port 0."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+            port = self.servers[0].sockets[0].getsockname()[1]
+            print(f"http://{host}:{port}", flush=True)
 
 
 def _allowed_hosts(host: str, names: Sequence[str]) -> list[str] | None:
