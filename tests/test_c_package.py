@@ -23,7 +23,7 @@ from lococo_export import export_bundle, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 HEADER = ROOT / "runtime/include/lococo.h"
-EXAMPLES = ROOT / "runtime/examples"
+EXAMPLES = ROOT / "examples/c"
 STRICT = ("-Wall", "-Wextra", "-Werror", "-pedantic")
 QUICK = "-O0"  # the library is built twice here
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # cmake and ninja may be there
