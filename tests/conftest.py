@@ -1,10 +1,11 @@
-"""Fixtures shared by the tests: the golden cases, unpacked."""
+"""Fixtures shared by the tests: the golden cases, unpacked, and the backends that tests run on."""
 
 from __future__ import annotations
 
 import io
 import json
 import lzma
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,3 +61,45 @@ def unpack_golden(name: str, target: Path) -> GoldenCase:
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GoldenCase:
     """Every golden case in turn; read-only, shared by the session."""
     return unpack_golden(request.param, tmp_path_factory.mktemp("golden") / request.param)
+
+
+GPU_BUNDLES = os.environ.get("LOCOCO_GPU_BUNDLES", "")
+"""The bundles of bundles.EXPORTS with engines, made by scripts/gpu_host. Without it no test runs on TensorRT."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a test runs: `options` of Model, Session and LLM, and bundles for it."""
+
+    name: str
+    options: dict[str, str]
+    folder: Path
+
+    @property
+    def flags(self) -> list[str]:
+        """Of the commands."""
+        return ["--device", self.options["device"]] if self.options else []
+
+    def bundle(self, name: str) -> Path:
+        """One of bundles.EXPORTS; read-only."""
+        from bundles import EXPORTS  # imports torch
+
+        path = self.folder / name
+        return path if path.exists() else EXPORTS[name](path)
+
+
+@pytest.fixture(scope="session")
+def cpu(tmp_path_factory: pytest.TempPathFactory) -> Backend:
+    """ONNX Runtime."""
+    return Backend("onnxruntime", {}, tmp_path_factory.mktemp("bundles"))
+
+
+TENSORRT = pytest.param("tensorrt", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", *([TENSORRT] if GPU_BUNDLES else [])])
+def backend(request: pytest.FixtureRequest, cpu: Backend) -> Backend:
+    """Every backend in turn: what a test of it asserts holds on all."""
+    if request.param == "onnxruntime":
+        return cpu
+    return Backend(request.param, {"device": "cuda:0", "backend": "tensorrt"}, Path(GPU_BUNDLES))

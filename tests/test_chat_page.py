@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from test_llm import make_text_bundle
+from bundles import export_text
 from test_server import SECONDS, Server, serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
@@ -25,7 +25,7 @@ def browser() -> Iterator[sync_api.Browser]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    bundle = make_text_bundle(tmp_path_factory.mktemp("page"), eos_token_id=None)  # answers until it is stopped
+    bundle = export_text(tmp_path_factory.mktemp("page") / "bundle", eos_token_id=None)  # answers until it is stopped
     with serving(bundle, "--max-new-tokens", "20000", LOCOCO_API_KEY="secret") as running:
         yield running
 

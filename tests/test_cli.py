@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,24 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundles import byte_tokenizer
+from conftest import Backend
 from lococo_runtime import LLM, Chat, EmptyPromptError, NotFoundError, SamplingParams, Session
 from lococo_runtime.cli import inspect_main, run_main
 from lococo_runtime.llm import stream_text
 from tiny_models import edit_tensors, make_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lococo_export.cli import export_main, verify_main
 
 FLAGS = ["--policy", "h2o", "--mem-size", "24", "--block-size", "16"]
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte, 256 in all: a character outside ASCII takes several."""
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +73,12 @@ def test_inspect_is_readable(bundle: Path, capsys: pytest.CaptureFixture[str]) -
     assert inspect_main([str(bundle / "nowhere")]) == 1
 
 
-def test_run_continues_a_prompt_and_a_file(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_continues_a_prompt_and_a_file(
+    backend: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "book.txt").write_text("Call me Ishmael. " * 20)
     state = str(tmp_path / "state")
-    common = [str(bundle), "--max-tokens", "8"]
+    common = [str(backend.bundle("text")), *backend.flags, "--max-tokens", "8"]
     assert run_main([*common, "--file", str(tmp_path / "book.txt"), "--prompt", "?", "--save-state", state]) == 0
     first = capsys.readouterr()
     assert "read 341 tokens" in first.err
@@ -97,14 +90,16 @@ def test_run_continues_a_prompt_and_a_file(bundle: Path, tmp_path: Path, capsys:
 
 
 def test_run_makes_a_memory_pack_and_goes_on_from_it(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    backend: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A document read once answers as one that is read every time."""
-    book, pack, once = str(tmp_path / "book.txt"), str(tmp_path / "book.lococo"), [str(bundle), "--max-tokens", "8"]
+    book, pack = str(tmp_path / "book.txt"), str(tmp_path / "book.lococo")
+    bundle = [str(backend.bundle("text")), *backend.flags]
+    once = [*bundle, "--max-tokens", "8"]
     (tmp_path / "book.txt").write_text(
         "Call me Ishmael " * 20
     )  # whole blocks: the question begins a forward of its own
-    assert run_main([str(bundle), "--file", book, "--save-state", pack, "--max-tokens", "0"]) == 0
+    assert run_main([*bundle, "--file", book, "--save-state", pack, "--max-tokens", "0"]) == 0
     assert capsys.readouterr().out.strip() == ""
     answers = []
     for question in ("Who speaks?", "Why?"):
@@ -179,31 +174,25 @@ def test_llm_needs_a_tokenizer(bundle: Path, tmp_path: Path) -> None:
         LLM(tmp_path)
 
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
 @pytest.fixture
-def chat_bundle(checkpoint: Path, tmp_path: Path) -> Path:
-    model = tmp_path / "model"
-    shutil.copytree(checkpoint, model)
-    (model / "chat_template.jinja").write_text(CHATML)
-    assert export_main(["--model", str(model), "-o", str(tmp_path / "chat"), *FLAGS]) == 0
-    return tmp_path / "chat"
+def chat_command(backend: Backend) -> list[str]:
+    return [str(backend.bundle("text")), *backend.flags, "--chat"]
 
 
 def test_run_converses_and_keeps_the_state(
-    chat_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    backend: Backend,
+    chat_command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     capsys.readouterr()
     state = str(tmp_path / "state")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nMore\n"))
     flags = ["--max-tokens", "8", "--temperature", "1", "--top-k", "20"]
-    assert run_main([str(chat_bundle), "--chat", "--system", "Be brief.", *flags, "--save-state", state]) == 0
+    assert run_main([*chat_command, "--system", "Be brief.", *flags, "--save-state", state]) == 0
     said = capsys.readouterr()
-    with LLM(chat_bundle) as llm, llm.model.session() as session:
+    with LLM(backend.bundle("text"), **backend.options) as llm, llm.model.session() as session:
         chat = Chat(llm, [{"role": "system", "content": "Be brief."}])
         params = SamplingParams(max_tokens=8, temperature=1, top_k=20)
         assert said.out == chat.send("Hello", params).text + "\n" + chat.send("More", params).text + "\n"
@@ -211,15 +200,15 @@ def test_run_converses_and_keeps_the_state(
         session.load(state)
         assert session.state() == chat.session.state()
         monkeypatch.setattr("sys.stdin", io.StringIO(""))
-        assert run_main([str(chat_bundle), "--chat", "--load-state", state, "--prompt", "Go on", *flags]) == 0
+        assert run_main([*chat_command, "--load-state", state, "--prompt", "Go on", *flags]) == 0
         assert capsys.readouterr().out == Chat(llm, session=session).send("Go on", params).text + "\n"
 
 
 def test_a_message_that_fails_leaves_the_conversation(
-    chat_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    chat_command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("\ud800\nHello\n"))
-    assert run_main([str(chat_bundle), "--chat", "--regex", "[ab]{4}"]) == 1
+    assert run_main([*chat_command, "--regex", "[ab]{4}"]) == 1
     said = capsys.readouterr()
     assert re.search(r"^[ab]{4}$", said.out, re.M)
     assert "Unicode" in said.err
@@ -244,11 +233,11 @@ def test_run_writes_what_it_is_told_to(bundle: Path, tmp_path: Path, capsys: pyt
         assert "error: " in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_conversation(chat_bundle: Path) -> None:
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(chat_command: list[str]) -> None:
     script = "import sys; from lococo_runtime.cli import run_main; sys.exit(run_main(sys.argv[1:]))"
-    flags = ["--chat", "--max-tokens", "100000000", "--regex", "(abc ){5000}"]
+    flags = ["--max-tokens", "100000000", "--regex", "(abc ){5000}"]
     with subprocess.Popen(
-        [sys.executable, "-c", script, str(chat_bundle), *flags],
+        [sys.executable, "-c", script, *chat_command, *flags],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdin

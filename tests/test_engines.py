@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import unpack_golden
+from bundles import export_golden
+from conftest import Backend
 from lococo_engines import Recipe, check_engines, choose, gpu, list_engines, load_recipe, read_engines
 from lococo_engines.build import cache_directory, check_files, engines_key
 from lococo_engines.cli import main
@@ -47,8 +48,6 @@ from lococo_runtime import (
 )
 from lococo_runtime.bundle import GraphSpec, TensorSpec, read_manifest, sha256_file
 
-from lococo_export import export_bundle, load_checkpoint
-
 H100 = Device(0, "NVIDIA H100 80GB HBM3", 90, "13.0", 80 * 2**30)
 
 
@@ -61,12 +60,9 @@ def has_driver() -> bool:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(cpu: Backend) -> Path:
     """A tiny fp32 bundle; read-only."""
-    root = tmp_path_factory.mktemp("engines")
-    golden = unpack_golden("c1_baseline", root / "checkpoint")
-    export_bundle(load_checkpoint(golden.path, **golden.load_args), root / "bundle")
-    return root / "bundle"
+    return cpu.bundle("c1_baseline")
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -592,8 +588,7 @@ def test_headers() -> None:
 
 
 def test_preflight_refuses_engines_of_another_bundle(engines_dir: Path, tmp_path: Path) -> None:
-    golden = unpack_golden("c1_baseline", tmp_path / "checkpoint")
-    export_bundle(load_checkpoint(golden.path, **golden.load_args), tmp_path / "other", dtype="float16")
+    export_golden("c1_baseline", tmp_path / "other", dtype="float16")
     moved = tmp_path / "other" / "engines" / engines_dir.name
     shutil.copytree(engines_dir, moved)
     with pytest.raises(CorruptError, match=r"built for bundle [0-9a-f]{16}, found in bundle [0-9a-f]{16}"):

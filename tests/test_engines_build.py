@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bundles import export_golden
 from conftest import unpack_golden
 from lococo_engines import check_engines, list_engines, read_engines
 from lococo_engines.build import Target, _check_tensors, _timing_cache_file, _Work, build_engines, choose
@@ -47,10 +48,7 @@ build_engines(sys.argv[1], *choose("auto", "rtx:sm86"), progress=progress)
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("build")
-    golden = unpack_golden("c1_baseline", root / "checkpoint")
-    export_bundle(load_checkpoint(golden.path, **golden.load_args), root / "bundle", dtype="float16", batch=2)
-    return root / "bundle"
+    return export_golden("c1_baseline", tmp_path_factory.mktemp("build") / "bundle", dtype="float16", batch=2)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import GoldenCase
+from bundles import export_golden
+from conftest import Backend, GoldenCase
 from lococo_runtime import CheckpointError, InvalidArgumentError, NoSpaceError, Session, StorageError, TargetExistsError
 from lococo_runtime.bundle import LococoConfig, forward_widths, read_manifest, sha256_file
 from tiny_models import VARIANTS, edit_tensors, make_model, random_heads
@@ -25,10 +26,8 @@ from lococo_export.verify import verify_bundle
 
 
 @pytest.fixture(scope="session")
-def golden_bundle(golden: GoldenCase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("bundles") / golden.name
-    export_bundle(load_checkpoint(golden.path, **golden.load_args), target)
-    return target
+def golden_bundle(golden: GoldenCase, cpu: Backend) -> Path:
+    return cpu.bundle(golden.name)
 
 
 def test_golden_logits_and_greedy_tokens(golden: GoldenCase, golden_bundle: Path) -> None:
@@ -127,7 +126,7 @@ def test_manifest_describes_the_graphs(golden_bundle: Path) -> None:
 
 
 def test_export_repeats_to_the_byte(golden: GoldenCase, golden_bundle: Path, tmp_path: Path) -> None:
-    export_bundle(load_checkpoint(golden.path, **golden.load_args), tmp_path / "again")
+    export_golden(golden.name, tmp_path / "again")
     names = sorted(p.name for p in golden_bundle.iterdir())
     assert names == sorted(p.name for p in (tmp_path / "again").iterdir())
     for name in names:
@@ -176,7 +175,7 @@ def test_half_precision_halves_the_state(dtype: str, golden: GoldenCase, tmp_pat
 
 
 def test_float16_session_follows_float32(golden: GoldenCase, tmp_path: Path) -> None:
-    export_bundle(load_checkpoint(golden.path, **golden.load_args), tmp_path / "half", dtype="float16")
+    export_golden(golden.name, tmp_path / "half", dtype="float16")
     ids = golden.io["input_ids"][0]
     first = golden.chunk_lens[0]  # before any fusion: selections may differ afterwards
     with Session(tmp_path / "half") as session:

@@ -6,10 +6,8 @@ import ctypes
 from pathlib import Path
 
 import pytest
-from conftest import unpack_golden
+from conftest import Backend
 from lococo_runtime import Session, UnsupportedError
-
-from lococo_export import export_bundle, load_checkpoint
 
 
 def has_driver() -> bool:
@@ -21,11 +19,8 @@ def has_driver() -> bool:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("absent")
-    case = unpack_golden("c1_baseline", root / "checkpoint")
-    export_bundle(load_checkpoint(case.path, **case.load_args), root / "bundle")
-    return root / "bundle"
+def bundle(cpu: Backend) -> Path:
+    return cpu.bundle("c1_baseline")
 
 
 @pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")

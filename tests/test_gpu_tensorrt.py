@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import GOLDEN_NAMES, GoldenCase, unpack_golden
+from conftest import GOLDEN_NAMES, GPU_BUNDLES, GoldenCase, unpack_golden
 from lococo_runtime import (
+    LLM,
     BackendError,
     CorruptError,
     DeadSessionError,
@@ -34,15 +35,17 @@ from lococo_runtime import (
 )
 from lococo_runtime import _c_api as c
 
-FOLDER = os.environ.get("LOCOCO_GPU_BUNDLES", "")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not FOLDER, reason="LOCOCO_GPU_BUNDLES is not set: run scripts/gpu_host, which makes engines"),
+    pytest.mark.skipif(
+        not GPU_BUNDLES, reason="LOCOCO_GPU_BUNDLES is not set: run scripts/gpu_host, which makes engines"
+    ),
 ]
-BUNDLES = Path(FOLDER)
+BUNDLES = Path(GPU_BUNDLES)
 RANDOM_NAMES = ["accumulated", "accumulated_fp16", "aging"]
 HEADER = 88  # bytes of a state's header
-CPU = importlib.util.find_spec("onnxruntime") is not None or bool(os.environ.get("LOCOCO_ONNXRUNTIME"))
+HAS_CPU = importlib.util.find_spec("onnxruntime") is not None or bool(os.environ.get("LOCOCO_ONNXRUNTIME"))
+needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="no ONNX Runtime: set LOCOCO_ONNXRUNTIME to its library")
 
 
 @functools.cache
@@ -149,7 +152,7 @@ def test_golden_tokens_in_windows(case: GoldenCase) -> None:
 # --- windows ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*GOLDEN_NAMES, *RANDOM_NAMES])
+@pytest.mark.parametrize("name", [*GOLDEN_NAMES, *RANDOM_NAMES, "batch-lococo-mha-no-buffer"])  # a window of one
 def test_windows_equal_single_steps(name: str) -> None:
     with gpu_session(name) as session, gpu_session(name) as single:
         window, cache = window_of(session), session.model.manifest.cache
@@ -224,7 +227,7 @@ def test_reset_forgets_everything() -> None:
         assert session.state() == empty
 
 
-@pytest.mark.skipif(not CPU, reason="no ONNX Runtime: set LOCOCO_ONNXRUNTIME to its library")
+@needs_cpu
 @pytest.mark.parametrize("name", [*GOLDEN_NAMES, "accumulated"])
 def test_a_state_moves_between_cpu_and_gpu(name: str, tmp_path: Path) -> None:
     """Read on one, saved, loaded on the other, continued on both: the same tokens, logits and states."""
@@ -242,6 +245,47 @@ def test_a_state_moves_between_cpu_and_gpu(name: str, tmp_path: Path) -> None:
             assert (start.position, start.live_slots) == (goes_on.position, goes_on.live_slots)
             ours, theirs = (np.frombuffer(s.state()[HEADER + 16 :], np.float32) for s in (start, goes_on))
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
+# --- the same as on the CPU ------------------------------------------------------------------------------------------
+
+SAMPLING: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "truncated": {"temperature": 0.8, "top_k": 40, "top_p": 0.95},
+    "typical": {"temperature": 1.2, "min_p": 0.02, "typical_p": 0.95},
+    "penalised": {"repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.2, "logit_bias": {7: 2.0}},
+}
+
+
+@needs_cpu
+@pytest.mark.parametrize("changes", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize("name", [*GOLDEN_NAMES, "accumulated"])
+def test_a_seed_gives_the_same_tokens_on_both(name: str, changes: dict[str, Any]) -> None:
+    """Each generates by itself, through several fusions."""
+    with gpu_session(name) as gpu, Session(BUNDLES / name) as cpu:
+        prompt = text(gpu, 50)
+        for seed in range(3):
+            params = SamplingParams(
+                **{"temperature": 1.0, "seed": seed, "max_tokens": 60, "ignore_eos": True, **changes}
+            )
+            gpu.reset()
+            cpu.reset()
+            assert gpu.generate_all(prompt, params) == cpu.generate_all(prompt, params)
+            assert gpu.counters == cpu.counters
+            assert gpu.counters["fusions"] > 1
+
+
+@needs_cpu
+def test_a_seed_gives_the_same_text_on_both() -> None:
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    with LLM(BUNDLES / "text", device="cuda:0", backend="tensorrt") as gpu, LLM(BUNDLES / "text") as cpu:
+        for seed in range(5):
+            params = SamplingParams(temperature=0.9, top_p=0.95, seed=seed, max_tokens=80, stop=["zq"], logprobs=2)
+            ours, theirs = gpu.chat(messages, params), cpu.chat(messages, params)
+            assert (ours.text, ours.token_ids, ours.stop_reason) == (theirs.text, theirs.token_ids, theirs.stop_reason)
+            for one, other in zip(ours.logprobs or [], theirs.logprobs or [], strict=True):
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+                assert list(one.top) == list(other.top)
 
 
 # --- threads, memory -------------------------------------------------------------------------------------------------

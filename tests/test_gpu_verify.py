@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN_NAMES, unpack_golden
+from conftest import GOLDEN_NAMES, GPU_BUNDLES, unpack_golden
 
-FOLDER = os.environ.get("LOCOCO_GPU_BUNDLES", "")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not FOLDER, reason="LOCOCO_GPU_BUNDLES is not set: run scripts/gpu_host, which makes engines"),
+    pytest.mark.skipif(
+        not GPU_BUNDLES, reason="LOCOCO_GPU_BUNDLES is not set: run scripts/gpu_host, which makes engines"
+    ),
 ]
 
 
@@ -26,7 +26,7 @@ def test_engines_agree_with_pytorch_on_the_same_gpu(name: str, tmp_path: Path) -
     case = unpack_golden(name, tmp_path / name)
     reference = ReferenceModel(load_checkpoint(case.path, **case.load_args), device="cuda:0")
     ids = [int(i) % reference.geometry.vocab_size for i in range(7, 7 + 400)]
-    with Session(Path(FOLDER) / name, device="cuda:0", backend="tensorrt") as session:
+    with Session(Path(GPU_BUNDLES) / name, device="cuda:0", backend="tensorrt") as session:
         report = verify_bundle(session, reference, ids, 120)
         assert report.agrees, str(report)
         assert report.fusions > 5
@@ -56,7 +56,7 @@ def test_cuda_graphs_of_the_reference_are_its_steps(tmp_path: Path) -> None:
 def test_bench_measures_a_gpu() -> None:
     from lococo_bench import Bench, Plan
 
-    with Bench(Path(FOLDER) / GOLDEN_NAMES[0], device="cuda:0", backend="tensorrt") as bench:
+    with Bench(Path(GPU_BUNDLES) / GOLDEN_NAMES[0], device="cuda:0", backend="tensorrt") as bench:
         rows = list(bench.run(Plan((40,), (34,), (0, 1 << 20), 2, "position")))
     assert len(rows) == 4
     for row in rows:

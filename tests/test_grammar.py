@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
+from bundles import EOS
+from conftest import Backend
 from lococo_runtime import LLM, Chat, Grammar, GrammarError, NotFoundError, SamplingParams
-from test_llm import EOS, SMOLLM2, byte_tokenizer, make_model, smollm2
+from test_llm import SMOLLM2, smollm2
 
 from lococo_export import export_bundle, load_checkpoint
+
+jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is missing: it judges what is written")
+pytest.importorskip("llguidance", reason="llguidance is missing: pip install 'lococo-export[grammar]'")
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "record": {
@@ -41,13 +45,8 @@ REGEXES = [r"[a-z]{3,8}@[a-z]{2,5}\.(com|org)", r"(ja|nein|vielleicht)", r"\d{4}
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    root = tmp_path_factory.mktemp("grammar")
-    make_model(root / "model", vocab_size=288, eos_token_id=EOS, bos_token_id=None)  # 30 rows without a token
-    byte_tokenizer("<|im_start|>", "<|im_end|>").save(str(root / "model" / "tokenizer.json"))
-    (root / "model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    export_bundle(load_checkpoint(root / "model", policy="h2o", mem_size=24, block_size=16), root / "bundle")
-    with LLM(root / "bundle") as opened:
+def llm(backend: Backend) -> Iterator[LLM]:
+    with LLM(backend.bundle("grammar"), **backend.options) as opened:
         yield opened
 
 

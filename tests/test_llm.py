@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundles import EOS, byte_tokenizer
+from conftest import Backend
 from lococo_runtime import (
     LLM,
     BusyError,
@@ -30,11 +32,8 @@ from lococo_runtime import (
 from lococo_runtime import completion as completion_module
 from lococo_runtime._detokenizer import Detokenizer
 from lococo_runtime.llm import load_tokenizer, stream_text
-from tiny_models import make_model
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.processors import TemplateProcessing
-
-from lococo_export import export_bundle, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = Path(os.environ.get("LOCOCO_SMOLLM2", ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"))
@@ -43,43 +42,15 @@ smollm2 = [
     pytest.mark.skipif(not SMOLLM2.is_dir(), reason=f"{SMOLLM2} is missing: run scripts/fetch_smollm2.py"),
 ]
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
-
-def byte_tokenizer(*special: str) -> Tokenizer:
-    """One token a byte, 256 in all, then the special ones."""
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(special))
-    return tokenizer
-
-
-EOS = 257
+@pytest.fixture(scope="module")
+def bundle(cpu: Backend) -> Path:
+    return cpu.bundle("text")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model over bytes, with a chat template; it never stops by itself before it is told to."""
-    return make_text_bundle(tmp_path_factory.mktemp("llm"))
-
-
-def make_text_bundle(root: Path, eos_token_id: int | None = EOS, batch: int = 1) -> Path:
-    make_model(root / "model", vocab_size=260, eos_token_id=eos_token_id, bos_token_id=None)
-    byte_tokenizer("<|im_start|>", "<|im_end|>").save(str(root / "model" / "tokenizer.json"))
-    (root / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
-    checkpoint = load_checkpoint(root / "model", policy="h2o", mem_size=24, block_size=16)
-    export_bundle(checkpoint, root / "bundle", batch=batch)
-    return root / "bundle"
-
-
-@pytest.fixture(scope="module")
-def llm(bundle: Path) -> Iterator[LLM]:
-    with LLM(bundle) as opened:
+def llm(backend: Backend) -> Iterator[LLM]:
+    with LLM(backend.bundle("text"), **backend.options) as opened:
         yield opened
 
 
@@ -428,8 +399,8 @@ def test_a_stream_is_one_threads(llm: LLM) -> None:
     stream.close()
 
 
-def test_closing_in_the_middle(bundle: Path) -> None:
-    llm = LLM(bundle)
+def test_closing_in_the_middle(backend: Backend) -> None:
+    llm = LLM(backend.bundle("text"), **backend.options)
     whole = llm.generate("Hello", params())
     stream = llm.generate_stream("Hello", params())
     next(stream)
@@ -477,9 +448,9 @@ def test_a_cancelled_task_cancels_the_completion(llm: LLM) -> None:
     assert not completion_module._claimed
 
 
-def test_async_after_close(bundle: Path) -> None:
+def test_async_after_close(backend: Backend) -> None:
     async def run() -> None:
-        llm = LLM(bundle)
+        llm = LLM(backend.bundle("text"), **backend.options)
         stream = llm.agenerate_stream("Hello", params())
         await stream.next_chunk()
         llm.close()

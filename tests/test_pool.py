@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import Backend
 from lococo_runtime import (
     BusyError,
     CancelledError,
@@ -32,26 +33,26 @@ from lococo_runtime import (
     VersionError,
 )
 from lococo_runtime._process import memory_bytes
-from test_session import BLOCK, CAPACITY, make_bundle, text
+from test_session import BLOCK, CAPACITY, text
 
 GREEDY = SamplingParams(max_tokens=2, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("pool"))
+def bundle(cpu: Backend) -> Path:
+    return cpu.bundle("session")
 
 
 @pytest.fixture(scope="module")
-def model(bundle: Path) -> Iterator[Model]:
-    with Model(bundle) as m:
+def model(backend: Backend) -> Iterator[Model]:
+    with Model(backend.bundle("session"), **backend.options) as m:
         yield m
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+def stranger(backend: Backend) -> Iterator[Model]:
     """A model of the same shapes and other weights."""
-    with Model(make_bundle(tmp_path_factory.mktemp("stranger"), seed=1)) as m:
+    with Model(backend.bundle("stranger"), **backend.options) as m:
         yield m
 
 
@@ -90,8 +91,8 @@ def test_a_thousand_sessions_in_the_memory_of_ten(model: Model, fast: Path) -> N
     assert len(set(map(tuple, said.values()))) > count // 2
 
 
-def test_memory_does_not_grow_with_the_number_of_sessions(model: Model, fast: Path) -> None:
-    with SessionPool(model, fast / "pool", max_sessions=2) as pool:
+def test_memory_does_not_grow_with_the_number_of_sessions(bundle: Path, fast: Path) -> None:
+    with Model(bundle) as model, SessionPool(model, fast / "pool", max_sessions=2) as pool:
         for i in range(100):
             pool.acquire(f"{i}").close()
         before = memory_bytes("RssAnon")
@@ -121,9 +122,9 @@ def test_a_new_pool_goes_on_where_the_old_one_was(model: Model, tmp_path: Path) 
 
 
 KILLED = """
-import sys
+import json, sys
 from lococo_runtime import Model, SessionPool
-with Model(sys.argv[1]) as model:
+with Model(sys.argv[1], **json.loads(sys.argv[3])) as model:
     pool = SessionPool(model, sys.argv[2], max_sessions=2)
     for i in range(1, 100):
         for name in ("parked", "flushed", "lost"):
@@ -137,8 +138,9 @@ with Model(sys.argv[1]) as model:
 """
 
 
-def test_kill_loses_no_parked_session(bundle: Path, model: Model, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(bundle), str(tmp_path / "pool")]
+def test_kill_loses_no_parked_session(backend: Backend, model: Model, tmp_path: Path) -> None:
+    arguments = [str(backend.bundle("session")), str(tmp_path / "pool"), json.dumps(backend.options)]
+    command = [sys.executable, "-c", KILLED, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
         assert child.stdout
         for line in child.stdout:
@@ -423,8 +425,8 @@ def test_a_cancelled_session_comes_back_fresh(model: Model, tmp_path: Path) -> N
             assert session.position == 4
 
 
-def test_the_pool_outlives_its_model(bundle: Path, tmp_path: Path) -> None:
-    model = Model(bundle)
+def test_the_pool_outlives_its_model(backend: Backend, tmp_path: Path) -> None:
+    model = Model(backend.bundle("session"), **backend.options)
     pool = SessionPool(model, tmp_path / "pool", max_sessions=1)
     model.close()
     with pool.acquire("a") as session:

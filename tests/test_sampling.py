@@ -12,11 +12,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from lococo_runtime import InvalidArgumentError, SamplingParams, Session, StopMatcher, TokenIdError, TokenLogprobs
-from tiny_models import make_model
+from bundles import export_tiny
+from conftest import Backend
+from lococo_runtime import (
+    InvalidArgumentError,
+    Model,
+    SamplingParams,
+    Session,
+    StopMatcher,
+    TokenIdError,
+    TokenLogprobs,
+)
+from lococo_runtime.bundle import LococoConfig
 from transformers.generation import logits_process as hf
-
-from lococo_export import export_bundle, load_checkpoint
 
 HEADER, LOGITS = 88, 88 + 16  # bytes of a state before its payload and before its logits
 PROMPT, GENERATED = [5, 6, 7, 5, 3], [9, 4, 9, 8, 9]
@@ -24,25 +32,20 @@ PROMPT, GENERATED = [5, 6, 7, 5, 3], [9, 4, 9, 8, 9]
 Floats = npt.NDArray[np.float32]
 
 
-def make_bundle(root: Path, vocab_size: int) -> Path:
-    make_model(root / "model", vocab_size=vocab_size)
-    export_bundle(load_checkpoint(root / "model", policy="h2o", mem_size=16, block_size=16), root / "bundle")
-    return root / "bundle"
-
-
 @pytest.fixture(scope="module", params=[12, 96, 49_152])
 def sized_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("sized"), request.param)
+    return export_tiny(tmp_path_factory.mktemp("sized") / "bundle", LococoConfig.h2o(16, 16), vocab_size=request.param)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), 96)
+def model(backend: Backend) -> Iterator[Model]:
+    with Model(backend.bundle("sampling"), **backend.options) as opened:
+        yield opened
 
 
 @pytest.fixture
-def session(bundle: Path) -> Iterator[Session]:
-    with Session(bundle) as s:
+def session(model: Model) -> Iterator[Session]:
+    with model.session() as s:
         yield s
 
 

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from bundles import EOS, export_text
 from lococo_runtime import LLM, Batch, CancelledError, SamplingParams, TokenIdError
 from lococo_server.batching import SharedSteps
 from lococo_server.metrics import Metrics
-from test_llm import EOS, ROOT, make_text_bundle
+from test_llm import ROOT
 
 LETTERS = {str(i): 100 for i in range(64, 90)}  # byte tokens of ASCII characters: text that encodes as it was written
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -106,7 +107,7 @@ def serving(bundle: Path, *options: str, **environment: str) -> Iterator[Server]
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_bundle(tmp_path_factory.mktemp("server"))
+    return export_text(tmp_path_factory.mktemp("server") / "bundle")
 
 
 @pytest.fixture(scope="module")
@@ -721,7 +722,7 @@ def test_concurrent_streams_equal_solo_runs(server: Server, client: openai.OpenA
 
 @pytest.fixture(scope="module")
 def batched_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_bundle(tmp_path_factory.mktemp("batched"), batch=4)
+    return export_text(tmp_path_factory.mktemp("batched") / "bundle", batch=4)
 
 
 def test_sessions_stepped_together_answer_as_alone(batched_bundle: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundles import SESSION, VOCAB
+from conftest import Backend
 from lococo_runtime import (
     BackendError,
     BusyError,
@@ -30,41 +32,24 @@ from lococo_runtime import (
     VersionError,
 )
 from lococo_runtime._process import memory_bytes
-from lococo_runtime.bundle import LococoConfig
-from tiny_models import make_model, random_heads
 
-from lococo_export import export_bundle, load_checkpoint
-from lococo_export.checkpoints import save_heads
-
-VOCAB = 96
-M, BUFFER, BLOCK = 24, 16, 40
-CAPACITY = M + BUFFER
+M, BUFFER, BLOCK, CAPACITY = SESSION.mem_size, SESSION.buffer, SESSION.block_size, SESSION.capacity
 
 
-def make_bundle(root: Path, *, seed: int = 0, score_decay: float = 0.0) -> Path:
-    make_model(root / "model", seed=seed)
-    config = LococoConfig(
-        mem_size=M, keep=12, block_size=BLOCK, local_len=2, kernel_size=5, buffer=BUFFER, score_decay=score_decay
-    )
-    geometry = load_checkpoint(root / "model", policy="h2o", mem_size=M).geometry
-    save_heads(root / "model", config, random_heads(geometry, config))
-    export_bundle(load_checkpoint(root / "model"), root / "bundle")
-    return root / "bundle"
-
-
-@pytest.fixture(scope="module", params=[0.0, 1.0], ids=["last-scores", "accumulated-scores"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), score_decay=request.param)
+@pytest.fixture(scope="module", params=["session", "session-accumulated"])
+def model(request: pytest.FixtureRequest, backend: Backend) -> Iterator[Model]:
+    with Model(backend.bundle(request.param), **backend.options) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
-def plain_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("plain"))
+def plain_bundle(cpu: Backend) -> Path:
+    return cpu.bundle("session")
 
 
 @pytest.fixture
-def session(plain_bundle: Path) -> Iterator[Session]:
-    with Session(plain_bundle) as s:
+def session(backend: Backend) -> Iterator[Session]:
+    with Session(backend.bundle("session"), **backend.options) as s:
         yield s
 
 
@@ -114,9 +99,9 @@ def test_single_tokens_fuse_every_buffer_and_one_steps(session: Session) -> None
 
 
 @pytest.mark.parametrize("position", [1, 7, 39, 40, 41, 63, 120, 123])
-def test_save_load_clone_are_bit_exact(bundle: Path, tmp_path: Path, position: int) -> None:
+def test_save_load_clone_are_bit_exact(model: Model, tmp_path: Path, position: int) -> None:
     tail = text(60, seed=1)
-    with Session(bundle) as session, Session(bundle) as other:
+    with model.session() as session, model.session() as other:
         session.prefill(text(min(position, 63)))
         for token in text(position)[63:]:
             session.step(token)
@@ -139,8 +124,8 @@ def test_save_load_clone_are_bit_exact(bundle: Path, tmp_path: Path, position: i
         clone.close()
 
 
-def test_state_size_is_constant_and_promised(bundle: Path, tmp_path: Path) -> None:
-    with Session(bundle) as session:
+def test_state_size_is_constant_and_promised(model: Model, tmp_path: Path) -> None:
+    with model.session() as session:
         sizes = {len(session.state())}
         for n in (1, 30, 200):
             session.prefill(text(n))
@@ -151,16 +136,17 @@ def test_state_size_is_constant_and_promised(bundle: Path, tmp_path: Path) -> No
         assert 0 < sizes.pop() - session.state_bytes < 256  # the header
 
 
-def test_memory_is_flat_over_50_000_tokens(session: Session) -> None:
-    session.prefill(text(2_000))
-    for token in text(2_000):
-        session.step(token)
-    before = memory_bytes("RssAnon")
-    session.prefill(text(30_000))
-    for token in text(20_000):
-        session.step(token)
-    assert session.position == 54_000
-    assert memory_bytes("RssAnon") - before < 1_000_000
+def test_memory_is_flat_over_50_000_tokens(plain_bundle: Path) -> None:
+    with Session(plain_bundle) as session:
+        session.prefill(text(2_000))
+        for token in text(2_000):
+            session.step(token)
+        before = memory_bytes("RssAnon")
+        session.prefill(text(30_000))
+        for token in text(20_000):
+            session.step(token)
+        assert session.position == 54_000
+        assert memory_bytes("RssAnon") - before < 1_000_000
 
 
 def test_reset_forgets_everything(session: Session) -> None:
@@ -180,16 +166,16 @@ def test_state_of_an_empty_session_loads(session: Session) -> None:
     np.testing.assert_array_equal(session.prefill(text(9)), first)
 
 
-def test_sessions_share_a_model(plain_bundle: Path) -> None:
-    with Model(plain_bundle) as model, model.session() as a, model.session() as b:
+def test_sessions_share_a_model(model: Model) -> None:
+    with model.session() as a, model.session() as b:
         a.prefill(text(50))
         expected = a.step(7)
         b.prefill(text(50))
         np.testing.assert_array_equal(b.step(7), expected)
 
 
-def test_model_outlives_its_sessions(plain_bundle: Path) -> None:
-    model = Model(plain_bundle)
+def test_model_outlives_its_sessions(backend: Backend) -> None:
+    model = Model(backend.bundle("session"), **backend.options)
     session = model.session()
     model.close()
     session.prefill([5])  # the last session frees the model
@@ -320,25 +306,24 @@ def test_closed_session(plain_bundle: Path) -> None:
             use()
 
 
-def test_two_threads_in_one_session(plain_bundle: Path) -> None:
-    with Session(plain_bundle) as session:
-        refused, started = [], threading.Event()
+def test_two_threads_in_one_session(session: Session) -> None:
+    refused, started = [], threading.Event()
 
-        def read() -> None:
-            started.set()
-            session.prefill(text(20_000))
+    def read() -> None:
+        started.set()
+        session.prefill(text(20_000))
 
-        thread = threading.Thread(target=read)
-        thread.start()
-        started.wait()
-        while thread.is_alive():
-            try:
-                session.position  # noqa: B018
-            except BusyError as e:
-                refused.append(e)
-        thread.join()
-        assert refused, "a call from a second thread has to be refused while the first one runs"
-        assert session.position == 20_000
+    thread = threading.Thread(target=read)
+    thread.start()
+    started.wait()
+    while thread.is_alive():
+        try:
+            session.position  # noqa: B018
+        except BusyError as e:
+            refused.append(e)
+    thread.join()
+    assert refused, "a call from a second thread has to be refused while the first one runs"
+    assert session.position == 20_000
 
 
 def test_cancel_from_another_thread(session: Session) -> None:
@@ -369,11 +354,10 @@ def test_cancel_from_another_thread(session: Session) -> None:
     assert session.state() == state
 
 
-def test_state_of_another_bundle(session: Session, tmp_path: Path) -> None:
-    stranger = make_bundle(tmp_path / "stranger", seed=1)
+def test_state_of_another_bundle(session: Session, backend: Backend, tmp_path: Path) -> None:
     session.prefill(text(30))
     before = session.state()
-    with Session(stranger) as other:
+    with Session(backend.bundle("stranger"), **backend.options) as other:
         other.prefill(text(5))
         other.save(tmp_path / "state")
     with pytest.raises(StateMismatchError):
