@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -39,7 +37,6 @@ from tiny_models import make_model, small_cache
 
 from lococo_export import export_bundle, load_checkpoint
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "batching.md"
 SIZE = BATCH
 
 
@@ -278,19 +275,6 @@ def test_generate_many_goes_on_without_the_prompt_that_fails(model: Model) -> No
     assert (outputs[0].finish_reason, len(outputs[0].token_ids)) == ("length", 5)
     assert (outputs[1].finish_reason, outputs[1].token_ids) == ("error", [])
     assert isinstance(outputs[1].error, InvalidArgumentError)
-
-
-def test_the_snippet_of_the_documentation_runs(
-    plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (snippet,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.M | re.S)
-    (tmp_path / "bundle").symlink_to(plain_bundle)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(snippet, names)
-    assert (tmp_path / "first.lococo").is_file()
-    assert len(names["outputs"]) == 100
-    assert capsys.readouterr().out
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

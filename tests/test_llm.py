@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import random
-import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -623,24 +622,3 @@ def test_a_chat_from_asyncio(llm: LLM) -> None:
             assert "".join([p async for p in one.astream("More", params())]) == two.send("More", params()).text
 
     asyncio.run(run())
-
-
-# --- documentation ---------------------------------------------------------------------------------------------------
-
-
-def test_snippets_of_the_documentation_run(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """docs/text.md, from top to bottom, on a model that writes nonsense."""
-    (tmp_path / "bundle").symlink_to(bundle)
-    (tmp_path / "book.txt").write_text("Call me Ishmael. " * 20)
-    monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "text.md").read_text(), re.M | re.S)
-    assert len(snippets) == 6
-    names: dict[str, Any] = {}
-    for snippet in snippets:
-        exec(
-            snippet.replace("max_tokens=1000,", "max_tokens=1_000_000,"), names
-        )  # this model is done before it is cancelled
-    names["llm"].close()
-    assert "cancelled" in capsys.readouterr().out

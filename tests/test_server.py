@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -957,33 +956,7 @@ def test_packs(bundle: Path, llm: LLM, tmp_path: Path) -> None:
             Server(bundle, *options[:2], "--pack", wrong)
 
 
-# --- the manual ------------------------------------------------------------------------------------------------------
-
-
-def manual(language: str) -> list[str]:
-    text = (ROOT / "docs" / "serving.md").read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-def test_the_manual_s_commands(bundle: Path, llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with llm.model.session() as session:
-        session.prefill(llm.encode("A manual."))
-        session.save(tmp_path / "manual.lococo")
-    with serving(bundle, "--pack", f"manual={tmp_path / 'manual.lococo'}") as server:
-        address = f"127.0.0.1:{server.port}"
-        names: dict[str, Any] = {}
-        for block in manual("python"):  # one program
-            exec(compile(block.replace("127.0.0.1:8000", address), "serving.md", "exec"), names)
-        assert "completion_tokens" in capsys.readouterr().out
-        assert names["answer"].model == "bundle:manual"
-        names["client"].close()
-        if shutil.which("curl") is None:
-            pytest.skip("curl is missing")
-        (commands,) = manual("bash")
-        script = "set -e\n" + commands.replace("127.0.0.1:8000", address)
-        out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
-    assert '"text_completion"' in out
-    assert "lococo_running_requests 0.0" in out
+# --- under load -----------------------------------------------------------------------------------------------------
 
 
 def test_the_load_test(server: Server) -> None:

@@ -30,6 +30,7 @@ def main() -> int:
     what.add_argument("--includes", action="store_true", help="compiler flags for lococo.h and lococo.hpp")
     what.add_argument("--cmakedir", action="store_true", help="lococo_DIR, for find_package(lococo CONFIG)")
     what.add_argument("--pkgconfigdir", action="store_true", help="for PKG_CONFIG_PATH")
+    what.add_argument("--onnxruntime", action="store_true", help="the library, for $LOCOCO_ONNXRUNTIME")
     args = parser.parse_args()
     try:
         if args.version:
@@ -38,8 +39,12 @@ def main() -> int:
             print(f"-I{_installed('include/lococo.h').parent}")
         elif args.cmakedir:
             print(_installed("lib/cmake/lococo"))
-        else:
+        elif args.pkgconfigdir:
             print(_installed("lib/pkgconfig"))
+        elif path := _c_api.find_onnxruntime():
+            print(path)
+        else:
+            raise NotFoundError("ONNX Runtime was not found; pip install onnxruntime")
     except LococoError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
