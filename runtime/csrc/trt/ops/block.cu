@@ -1,57 +1,143 @@
-// A block of tokens: products on tensor cores, attention with its probabilities in memory, because every column's score
-// is a sum over all queries. The sums are made in a fixed order: the same input gives the same bits.
+// A block of tokens: products on tensor cores. Attention makes its logits twice, because every column's score is a sum
+// over all queries of probabilities that are known only after a first look at the whole row; neither logits nor
+// probabilities reach memory. The sums are made in a fixed order: the same input gives the same bits.
 #include <cfloat>
+#include <climits>
 
 #include "trt/ops/gemm.cuh"
 
 namespace lococo::trt {
 namespace {
 
-// x [M, K] times a stack of weights, [N, K] in all: out [M, N], or a residual added.
+// Up to three weights, one below the other, as q, k and v.
+struct Stack {
+  Linear part[3];
+  int start[3];  // first row of each; INT_MAX for none
+
+  __device__ __forceinline__ int part_of(int row) const { return row >= start[2] ? 2 : row >= start[1] ? 1 : 0; }
+};
+
+// x [M, K] times weights [N, K]: out [M, N], or a residual added.
 template <typename T>
 struct LinearArguments {
   const T* x;
-  Stack<T> weights;
-  const void* bias[3];
+  Stack weights;
   const T* residual;  // [M, N], or NULL
   T* out;
   float* out_float;  // instead of out, if not NULL
   int M, N, K;
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kGemmThreads) linear_kernel(LinearArguments<T> p) {
-  gemm_tile<T, true>(
-      p.M, p.N, p.K, blockIdx.y * kTile, blockIdx.x * kTile, [&](int m) { return p.x + static_cast<int64_t>(m) * p.K; },
-      [&](int n, int k) { return p.weights.at(0, n, k); },
-      [&](int m, int n, float sum) {
+template <typename T, int kRows>
+__global__ void __launch_bounds__(kGemmThreads) linear_kernel(const __grid_constant__ LinearArguments<T> p) {
+  constexpr int kSize = Pack<T>::kSize;
+  gemm_tile<T, true, kRows, kTile>(
+      p.M, p.N, p.K, blockIdx.y * kRows, blockIdx.x * kTile, [&](int m) { return p.x + static_cast<int64_t>(m) * p.K; },
+      [&](int n, int k) {
         const int part = p.weights.part_of(n);
-        const auto* bias = static_cast<const T*>(p.bias[part]);
-        if (bias != nullptr) sum += to_float(bias[n - p.weights.start[part]]);
-        const int64_t i = static_cast<int64_t>(m) * p.N + n;
-        if (p.residual != nullptr) sum = to_float(p.residual[i]) + rounded<T>(sum);
-        if (p.out_float != nullptr) {
-          p.out_float[i] = rounded<T>(sum);
-        } else {
-          p.out[i] = from_float<T>(sum);
+        const int64_t row = n - p.weights.start[part];
+        return static_cast<const T*>(p.weights.part[part].weight) + row * p.K + k;
+      },
+      [&](int m, int n, const float* sums) {
+        const int64_t start = static_cast<int64_t>(m) * p.N + n;
+        if (p.out_float != nullptr) {  // logits: N is any number
+          for (int j = 0; j < kSize && n + j < p.N; ++j) p.out_float[start + j] = rounded<T>(sums[j]);
+          return;
         }
+        const int part = p.weights.part_of(n);
+        const auto* bias = static_cast<const T*>(p.weights.part[part].bias);
+        Pack<T> more{};
+        Pack<T> past{};
+        if (bias != nullptr) more = Pack<T>::load(bias + n - p.weights.start[part]);
+        if (p.residual != nullptr) past = Pack<T>::load(p.residual + start);
+        Pack<T> y;
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) y.set(j, past.get(j) + rounded<T>(sums[j] + more.get(j)));
+        y.store(p.out + start);
       });
 }
 
-template <typename T>
-cudaError_t linear(const LinearArguments<T>& p, cudaStream_t stream) {
-  return launch_gemm<T>(linear_kernel<T>, dim3(ceil_div(p.N, kTile), ceil_div(p.M, kTile)), p, stream);
+// The tallest tiles that give every multiprocessor work: they read the least.
+int tile_rows(int columns, int M, const Launcher& launch) {
+  for (const int rows : {128, 64}) {
+    if (columns * ceil_div(M, rows) >= launch.multiprocessors()) return rows;
+  }
+  return 32;
+}
+
+template <typename T, int kRows>
+void linear_of(const LinearArguments<T>& p, Launcher& launch) {
+  const dim3 grid(ceil_div(p.N, kTile), ceil_div(p.M, kRows));
+  launch(linear_kernel<T, kRows>, grid, kGemmThreads, GemmTile<T, kRows>::kBytes, p);
 }
 
 template <typename T>
-Stack<T> stacked(int stride, const void* a, int rows_a = INT_MAX, const void* b = nullptr, int rows_b = INT_MAX,
-                 const void* c = nullptr) {
-  const int second = b == nullptr ? INT_MAX : rows_a;
-  const int third = c == nullptr ? INT_MAX : rows_a + rows_b;
-  return {{static_cast<const T*>(a), static_cast<const T*>(b), static_cast<const T*>(c)},
-          {0, second, third},
-          {0, 0, 0},
-          stride};
+void linear(const LinearArguments<T>& p, Launcher& launch) {
+  switch (tile_rows(ceil_div(p.N, kTile), p.M, launch)) {
+    case 128:
+      return linear_of<T, 128>(p, launch);
+    case 64:
+      return linear_of<T, 64>(p, launch);
+    default:
+      return linear_of<T, 32>(p, launch);
+  }
+}
+
+// out [M, I] = silu(gate) * up of x [M, K].
+template <typename T>
+struct GateUpArguments {
+  const T* x;
+  Linear gate, up;
+  T* out;
+  int M, I, K;
+};
+
+// Half of a tile's columns are gates, the other half what they let through.
+template <typename T, int kRows>
+__global__ void __launch_bounds__(kGemmThreads) gate_up_kernel(GateUpArguments<T> p) {
+  constexpr int kSize = Pack<T>::kSize;
+  constexpr int kHalf = kTile / 2;
+  const int n0 = blockIdx.x * kTile;
+  const int i0 = blockIdx.x * kHalf;
+  gemm_tile<T, true, kRows, kTile / 2>(
+      p.M, n0 + kTile, p.K, blockIdx.y * kRows, n0, [&](int m) { return p.x + static_cast<int64_t>(m) * p.K; },
+      [&](int n, int k) {
+        const int64_t row = min(i0 + (n - n0) % kHalf, p.I - 1);
+        return static_cast<const T*>(n - n0 < kHalf ? p.gate.weight : p.up.weight) + row * p.K + k;
+      },
+      [&](int m, int n, const float* sums) {
+        const int i = i0 + n - n0;
+        if (i >= p.I) return;
+        Pack<T> gate_bias{};
+        Pack<T> up_bias{};
+        if (p.gate.bias != nullptr) gate_bias = Pack<T>::load(static_cast<const T*>(p.gate.bias) + i);
+        if (p.up.bias != nullptr) up_bias = Pack<T>::load(static_cast<const T*>(p.up.bias) + i);
+        Pack<T> y;
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          const float g = rounded<T>(sums[j] + gate_bias.get(j));
+          y.set(j, silu<T>(g) * rounded<T>(sums[kHalf + j] + up_bias.get(j)));
+        }
+        y.store(p.out + static_cast<int64_t>(m) * p.I + i);
+      });
+}
+
+template <typename T, int kRows>
+void gate_up_of(const GateUpArguments<T>& p, Launcher& launch) {
+  const dim3 grid(ceil_div(p.I, kTile / 2), ceil_div(p.M, kRows));
+  launch(gate_up_kernel<T, kRows>, grid, kGemmThreads, GemmTile<T, kRows>::kBytes, p);
+}
+
+template <typename T>
+void gate_up(const GateUpArguments<T>& p, Launcher& launch) {
+  switch (tile_rows(ceil_div(p.I, kTile / 2), p.M, launch)) {
+    case 128:
+      return gate_up_of<T, 128>(p, launch);
+    case 64:
+      return gate_up_of<T, 64>(p, launch);
+    default:
+      return gate_up_of<T, 32>(p, launch);
+  }
 }
 
 // qkv (w, heads of q, k, v) to query [heads, w, d], key and value [h, w, d]; norms, rotation and scale on the way.
@@ -107,172 +193,288 @@ __global__ void heads_kernel(HeadsArguments<T> p) {  // a warp a token and head
   }
 }
 
-// Shapes of attention of a block: heads of w queries, s = c + w columns, rows of logits `stride` long.
+// Attention of a block: heads of w queries, s = c + w columns.
 template <typename T>
 struct AttentionArguments {
-  const T* query;  // [heads, w, d]
-  Stack<T> keys;   // batch: KV head
-  Stack<T> values;
-  float* logits;     // [heads, w, stride]
-  T* probabilities;  // [heads, w, stride], columns from s on unused
+  const T* query;     // [heads, w, d], scaled
+  const T* past_key;  // [h, c, d]
+  const T* past_value;
+  const T* new_key;  // [h, w, d]
+  const T* new_value;
   T* out;            // [w, heads, d]
+  float* collected;  // [heads, row tiles, s]: what a column gets from the queries of a tile
   float* scores;     // [h, s]
   const float* past_scores;
   const int32_t* past_length;
   const int32_t* num_tokens;
-  int width, num_heads, group, head_dim, capacity, columns, stride;
+  int width, num_heads, group, head_dim, capacity;
   float score_decay;
   bool decay_per_token;
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kGemmThreads) logits_kernel(AttentionArguments<T> p) {
-  const int head = blockIdx.z;
+constexpr int kQueries = 32;  // of a block of attention_kernel
+constexpr int kAttentionThreads = 256;
+constexpr int kParts = 4;              // of a tile's columns; warps: 2 groups of 16 queries times 4 parts
+constexpr int kPart = kTile / kParts;  // 16 columns
+
+// Shared memory of attention: rows of kD values, zeros behind head_dim.
+template <typename T, int kD>
+struct AttentionTile {
+  static constexpr int kSize = Pack<T>::kSize;
+  static constexpr int kRing = 3;
+  static constexpr int kStride = kD + kSize;
+  static constexpr int kLogitsStride = kTile + 4;
+  static constexpr int kWeightsStride = kTile + kSize;
+  static constexpr int kOutStride = kD + 4;
+  static constexpr size_t kRowsBytes = sizeof(T) * (kQueries + kRing * kTile) * kStride;
+  static constexpr size_t kLogitsBytes = sizeof(float) * kQueries * kLogitsStride;
+  static constexpr size_t kBytes = kRowsBytes + kLogitsBytes + sizeof(T) * kQueries * kWeightsStride;
+};
+
+template <typename T, int kD>
+__global__ void __launch_bounds__(kAttentionThreads) attention_kernel(AttentionArguments<T> p) {
+  using Tile = AttentionTile<T, kD>;
+  constexpr int kSize = Tile::kSize;
+  extern __shared__ __align__(128) unsigned char shared_attention[];
+  __shared__ float2 extents[kParts][kQueries];  // of a part's columns: highest logit, sum of exp(logit - highest)
+  __shared__ float4 rows[kQueries];             // highest logit, 1 / sum, what its probabilities count in the scores, -
+  __shared__ float from_groups[2][kTile];
+  T* queries = reinterpret_cast<T*>(shared_attention);
+  T* ring = queries + kQueries * Tile::kStride;
+  float* logits = reinterpret_cast<float*>(ring + Tile::kRing * kTile * Tile::kStride);
+  T* weights = reinterpret_cast<T*>(logits + kQueries * Tile::kLogitsStride);
+
+  const int head = blockIdx.x;
   const int kv_head = head / p.group;
-  const int n0 = blockIdx.x * kTile;
-  const int length = *p.past_length;
-  // Tiles of dead cache columns, and of tokens after every query of the tile, stay unwritten: nobody reads them.
-  if (n0 + kTile <= p.capacity && n0 >= length) return;
-  if (n0 - p.capacity > static_cast<int>(blockIdx.y) * kTile + kTile - 1) return;
-  const int64_t first = static_cast<int64_t>(head) * p.width;
-  gemm_tile<T, true>(
-      p.width, p.columns, p.head_dim, blockIdx.y * kTile, n0, [&](int m) { return p.query + (first + m) * p.head_dim; },
-      [&](int n, int k) { return p.keys.at(kv_head, n, k); },
-      [&](int m, int n, float sum) { p.logits[(first + m) * p.stride + n] = rounded<T>(sum); });
-}
-
-// Logits become float32 probabilities, and rounded ones beside them. A warp a row; it reads what it sees: live cache
-// columns, and new ones up to its own.
-template <typename T>
-__global__ void softmax_kernel(AttentionArguments<T> p) {
-  const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  if (row >= p.num_heads * p.width) return;
+  const int row_tile = gridDim.y - 1 - blockIdx.y;  // the longest first
+  const int m0 = row_tile * kQueries;
+  const int d = p.head_dim;
   const int lane = threadIdx.x % 32;
+  const int group = threadIdx.x / 32 / kParts;
+  const int part = threadIdx.x / 32 % kParts;
   const int length = *p.past_length;
-  const int seen_new = row % p.width + 1;
-  float* logits = p.logits + static_cast<int64_t>(row) * p.stride;
-  T* out = p.probabilities + static_cast<int64_t>(row) * p.stride;
+  const int count = *p.num_tokens;
+  const int past_tiles = ceil_div(length, kTile);
+  const int tiles = past_tiles + ceil_div(m0 + kQueries, kTile);  // of the new columns, those that a query sees
+
+  const auto load_rows = [&](T* to, const T* from, int wanted, int live) {
+    constexpr int kPacks = kD / kSize;
+    for (int i = threadIdx.x; i < wanted * kPacks; i += kAttentionThreads) {
+      const int row = i / kPacks;
+      const int k = i % kPacks * kSize;
+      copy_async(to + row * Tile::kStride + k, from + static_cast<int64_t>(row) * d + k, row < live && k < d);
+    }
+  };
+  // The tiles in the order of their use: keys, then keys and values taking turns.
+  const auto load = [&](int item) {
+    if (item < 3 * tiles) {
+      const bool is_value = item >= tiles && (item - tiles) % 2 == 1;
+      const int tile = item < tiles ? item : (item - tiles) / 2;
+      T* to = ring + item % Tile::kRing * kTile * Tile::kStride;
+      const bool past = tile < past_tiles;
+      const int first = (past ? tile : tile - past_tiles) * kTile;
+      const int64_t start = static_cast<int64_t>(kv_head) * (past ? p.capacity : p.width) + first;
+      const T* from = past ? (is_value ? p.past_value : p.past_key) : (is_value ? p.new_value : p.new_key);
+      load_rows(to, from + start * d, kTile, (past ? length : p.width) - first);
+    }
+    __pipeline_commit();
+  };
+  const auto next = [&](int item) {
+    __pipeline_wait_prior(Tile::kRing - 2);
+    __syncthreads();
+    load(item + Tile::kRing - 1);
+    return ring + item % Tile::kRing * kTile * Tile::kStride;
+  };
+  // How many columns of a warp's part of a tile query m0 + row sees: those before the end.
+  const auto seen = [&](int tile, int row) {
+    const int end = tile < past_tiles ? length - tile * kTile : m0 + row + 1 - (tile - past_tiles) * kTile;
+    return end - kPart * part;
+  };
+  float* my_logits = logits + 16 * group * Tile::kLogitsStride + kPart * part;
+  const auto make_logits = [&](const T* keys) {
+    WarpProduct<T, 16, kPart, true> product;
+    product.template add<kD>(queries + 16 * group * Tile::kStride, Tile::kStride, keys + kPart * part * Tile::kStride,
+                             Tile::kStride);
+    __syncwarp();
+    product.store(my_logits, Tile::kLogitsStride);
+    __syncwarp();
+  };
+
+  load_rows(queries, p.query + (static_cast<int64_t>(head) * p.width + m0) * d, kQueries, p.width - m0);
+  load(0);
+  load(1);
+
+  // First look: two lanes a row, 8 columns each.
+  const int my_row = 16 * group + lane / 2;
   float highest = -FLT_MAX;
-  for (int i = lane; i < length; i += 32) highest = fmaxf(highest, logits[i]);
-  for (int i = lane; i < seen_new; i += 32) highest = fmaxf(highest, logits[p.capacity + i]);
-  highest = warp_max(highest);
   float sum = 0.0f;
-  const auto weigh = [&](int first, int count) {
-    for (int i = first + lane; i < first + count; i += 32) {
-      logits[i] = expf(logits[i] - highest);
-      sum += logits[i];
-    }
+  const auto join = [](float& top, float& total, float other_top, float other_total) {
+    const float higher = fmaxf(top, other_top);
+    total = total * exponential<T>(top - higher) + other_total * exponential<T>(other_top - higher);
+    top = higher;
   };
-  weigh(0, length);
-  weigh(p.capacity, seen_new);
-  const float share = 1.0f / warp_sum(sum);
-  const auto write = [&](int first, int count, int end) {
-    for (int i = first + lane; i < first + count; i += 32) {
-      logits[i] *= share;
-      out[i] = from_float<T>(logits[i]);
+  for (int tile = 0; tile < tiles; ++tile) {
+    make_logits(next(tile));
+    constexpr int kMine = kPart / 2;
+    const int first = lane % 2 * kMine;
+    const int end = seen(tile, my_row) - first;
+    const float* from = my_logits + lane / 2 * Tile::kLogitsStride + first;
+    float x[kMine];
+    float top = -FLT_MAX;
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {  // selected, not branched: exponentials side by side
+      x[i] = i < end ? rounded<T>(from[i]) : -INFINITY;
+      top = fmaxf(top, x[i]);
     }
-    for (int i = first + count + lane; i < end; i += 32) out[i] = from_float<T>(0.0f);
-  };
-  write(0, length, p.capacity);
-  write(p.capacity, seen_new, p.stride);
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) total += exponential<T>(x[i] - top);
+    join(highest, sum, top, total);
+  }
+  join(highest, sum, __shfl_xor_sync(0xffffffffu, highest, 1), __shfl_xor_sync(0xffffffffu, sum, 1));
+  if (lane % 2 == 0) extents[part][my_row] = {highest, sum};
+  __syncthreads();
+  if (threadIdx.x < kQueries) {
+    const int query = m0 + static_cast<int>(threadIdx.x);
+    float2 extent = extents[0][threadIdx.x];
+#pragma unroll
+    for (int i = 1; i < kParts; ++i) join(extent.x, extent.y, extents[i][threadIdx.x].x, extents[i][threadIdx.x].y);
+    const float age_weight = p.decay_per_token ? powf(p.score_decay, static_cast<float>(count - 1 - query)) : 1.0f;
+    rows[threadIdx.x] = {extent.x, 1.0f / extent.y, query < count ? age_weight : 0.0f, 0.0f};
+  }
+
+  // Second look: two lanes a column, every other row each.
+  const int my_column = lane % 16;
+  WarpProduct<T, 16, kD, false> product;
+  for (int tile = 0; tile < tiles; ++tile) {
+    make_logits(next(tiles + 2 * tile));
+    float collected = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = 2 * i + lane / 16;
+      const float4 r = rows[16 * group + row];
+      const bool sees = my_column < seen(tile, 16 * group + row);
+      const float x = sees ? rounded<T>(my_logits[row * Tile::kLogitsStride + my_column]) : -INFINITY;
+      const float share = exponential<T>(x - r.x) * r.y;
+      collected = fmaf(r.z, share, collected);
+      weights[(16 * group + row) * Tile::kWeightsStride + kPart * part + my_column] = from_float<T>(share);
+    }
+    collected += __shfl_xor_sync(0xffffffffu, collected, 16);
+    if (lane < 16) from_groups[group][kPart * part + my_column] = collected;
+    const T* values = next(tiles + 2 * tile + 1);
+    if (threadIdx.x < kTile) {
+      const bool past = tile < past_tiles;
+      const int column = (past ? tile : tile - past_tiles) * kTile + static_cast<int>(threadIdx.x);
+      if (column < (past ? p.capacity : p.width)) {
+        const int64_t row = static_cast<int64_t>(head) * gridDim.y + row_tile;
+        p.collected[row * (p.capacity + p.width) + (past ? column : p.capacity + column)] =
+            from_groups[0][threadIdx.x] + from_groups[1][threadIdx.x];
+      }
+    }
+    product.template add<kPart>(weights + 16 * group * Tile::kWeightsStride + kPart * part, Tile::kWeightsStride,
+                                values + kPart * part * Tile::kStride, Tile::kStride);
+  }
+  __pipeline_wait_prior(0);
+  float* out = reinterpret_cast<float*>(ring);
+  float* mine = out + 16 * group * Tile::kOutStride;
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    __syncthreads();
+    if (part != i) continue;
+    if (i == 0) {
+      product.store(mine, Tile::kOutStride);
+    } else {
+      product.template store<true>(mine, Tile::kOutStride);
+    }
+  }
+  __syncthreads();
+  const int packs = d / kSize;
+  for (int i = threadIdx.x; i < kQueries * packs; i += kAttentionThreads) {
+    const int m = m0 + i / packs;
+    const int n = i % packs * kSize;
+    if (m >= p.width) break;
+    Pack<T> y;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) y.set(j, out[i / packs * Tile::kOutStride + n + j]);
+    y.store(p.out + (static_cast<int64_t>(m) * p.num_heads + head) * d + n);
+  }
 }
 
-// Scores of 32 columns: float32 probabilities summed over real queries and the group, by age if decay_per_token.
+constexpr int kScoresColumns = 32;  // of a block of scores_kernel, whose warps share the summands
+constexpr int kScoresWarps = 8;
+
+// Scores: sums what the tiles of queries of its group of heads gave a column.
 template <typename T>
-__global__ void __launch_bounds__(1024) scores_kernel(AttentionArguments<T> p) {
-  __shared__ float partial[32][33];
+__global__ void __launch_bounds__(kScoresColumns* kScoresWarps) scores_kernel(AttentionArguments<T> p) {
+  __shared__ float partial[kScoresWarps][kScoresColumns];
+  const int columns = p.capacity + p.width;
+  const int column = blockIdx.x * kScoresColumns + threadIdx.x;
   const int kv_head = blockIdx.y;
-  const int column = blockIdx.x * 32 + threadIdx.x;
-  const int count = *p.num_tokens;
+  const int row_tiles = ceil_div(p.width, kQueries);
+  const bool past = column < p.capacity;
   float sum = 0.0f;
-  if (column < p.columns && (column >= p.capacity || column < *p.past_length)) {
-    const int first = max(column - p.capacity, 0);  // query that sees the column
-    for (int g = 0; g < p.group; ++g) {
-      const float* logits = p.logits + static_cast<int64_t>(kv_head * p.group + g) * p.width * p.stride + column;
-      if (p.decay_per_token) {
-        for (int q = first + threadIdx.y; q < count; q += 32) {
-          const float weight = powf(p.score_decay, static_cast<float>(count - 1 - q));
-          sum = fmaf(weight, logits[static_cast<int64_t>(q) * p.stride], sum);
-        }
-        continue;
-      }
+  if (column < columns && (!past || column < *p.past_length)) {
+    const int first = past ? 0 : (column - p.capacity) / kQueries;  // tile of queries that sees the column
+    const float* from = p.collected + static_cast<int64_t>(kv_head) * p.group * row_tiles * columns + column;
 #pragma unroll 4
-      for (int q = first + threadIdx.y; q < count; q += 32) sum += logits[static_cast<int64_t>(q) * p.stride];
+    for (int i = threadIdx.y; i < p.group * row_tiles; i += kScoresWarps) {
+      if (i % row_tiles >= first) sum += from[static_cast<int64_t>(i) * columns];
     }
   }
   partial[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.y != 0 || column >= p.columns) return;
-  for (int i = 1; i < 32; ++i) sum += partial[i][threadIdx.x];
-  if (p.past_scores != nullptr && column < p.capacity) {
-    const float decay = p.decay_per_token ? powf(p.score_decay, static_cast<float>(count)) : p.score_decay;
+  if (threadIdx.y != 0 || column >= columns) return;
+#pragma unroll
+  for (int i = 1; i < kScoresWarps; ++i) sum += partial[i][threadIdx.x];
+  if (past && p.past_scores != nullptr) {
+    const auto count = static_cast<float>(*p.num_tokens);
+    const float decay = p.decay_per_token ? powf(p.score_decay, count) : p.score_decay;
     sum += decay * p.past_scores[static_cast<int64_t>(kv_head) * p.capacity + column];
   }
-  p.scores[static_cast<int64_t>(kv_head) * p.columns + column] = sum;
+  p.scores[static_cast<int64_t>(kv_head) * columns + column] = sum;
+}
+
+template <typename T, int kD>
+void attention_of(const AttentionArguments<T>& a, Launcher& launch) {
+  const dim3 grid(a.num_heads, ceil_div(a.width, kQueries));
+  launch(attention_kernel<T, kD>, grid, kAttentionThreads, AttentionTile<T, kD>::kBytes, a);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kGemmThreads) values_kernel(AttentionArguments<T> p) {
-  const int head = blockIdx.z;
-  const int kv_head = head / p.group;
-  const int64_t first = static_cast<int64_t>(head) * p.width;
-  // stride, not columns: a multiple of 16 bytes; the probabilities there are zero, the rows are clamped.
-  gemm_tile<T, false>(
-      p.width, p.head_dim, p.stride, blockIdx.y * kTile, blockIdx.x * kTile,
-      [&](int m) { return p.probabilities + (first + m) * p.stride; },
-      [&](int k, int n) { return p.values.at(kv_head, min(k, p.columns - 1), n); },
-      [&](int m, int n, float sum) {
-        p.out[(static_cast<int64_t>(m) * p.num_heads + head) * p.head_dim + n] = from_float<T>(sum);
-      });
-}
-
-// silu(gate) * up: x [w, 2 * intermediate] to [w, intermediate].
-template <typename T>
-__global__ void silu_kernel(const T* x, T* out, int intermediate) {
-  constexpr int kSize = Pack<T>::kSize;
-  const int64_t row = blockIdx.y;
-  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * kSize;
-  if (i >= intermediate) return;
-  const Pack<T> gate = Pack<T>::load(x + row * 2 * intermediate + i);
-  const Pack<T> up = Pack<T>::load(x + (row * 2 + 1) * intermediate + i);
-  Pack<T> y;
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-    const float g = gate.get(j);
-    y.set(j, rounded<T>(g * rounded<T>(1.0f / (1.0f + expf(-g)))) * up.get(j));
+void attention(const AttentionArguments<T>& a, Launcher& launch) {
+  if (a.head_dim <= 64) {
+    attention_of<T, 64>(a, launch);
+  } else if (a.head_dim <= 128 || sizeof(T) == 4) {
+    attention_of<T, 128>(a, launch);
+  } else {
+    attention_of<T, 256>(a, launch);
   }
-  y.store(out + row * intermediate + i);
+  const dim3 grid(ceil_div(a.capacity + a.width, kScoresColumns), a.num_heads / a.group);
+  launch(scores_kernel<T>, grid, dim3(kScoresColumns, kScoresWarps), 0, a);
 }
-
-int logits_stride(const LayerShape& s) { return ceil_div(s.capacity + s.width, 8) * 8; }
 
 template <typename T>
 struct Scratch {
-  T* normed;      // [w, hidden]
-  T* qkv;         // [w, heads + 2h, d]
-  T* query;       // [heads, w, d]
-  float* logits;  // [heads, w, stride]
-  T* probabilities;
-  T* attended;  // [w, heads, d]
-  T* middle;    // [w, hidden]
-  T* both;      // [w, 2 * intermediate]
-  T* gated;     // [w, intermediate]
+  T* normed;         // [w, hidden]
+  T* qkv;            // [w, heads + 2h, d]
+  T* query;          // [heads, w, d]
+  float* collected;  // [heads, row tiles, s]
+  T* attended;       // [w, heads, d]
+  T* middle;         // [w, hidden]
+  T* gated;          // [w, intermediate]
 };
 
 template <typename T>
 Scratch<T> carve(const LayerShape& s, Carver& c) {
   const auto w = static_cast<size_t>(s.width);
   const size_t heads = w * s.num_heads;
-  const size_t stride = logits_stride(s);
   Scratch<T> r;
   r.normed = c.take<T>(w * s.hidden);
   r.qkv = c.take<T>((heads + 2 * w * s.num_kv_heads) * s.head_dim);
   r.query = c.take<T>(heads * s.head_dim);
-  r.logits = c.take<float>(heads * stride);
-  r.probabilities = c.take<T>(heads * stride);
+  r.collected = c.take<float>(static_cast<size_t>(s.num_heads) * ceil_div(s.width, kQueries) * (s.capacity + s.width));
   r.attended = c.take<T>(heads * s.head_dim);
   r.middle = c.take<T>(w * s.hidden);
-  r.both = c.take<T>(2 * w * s.intermediate);
   r.gated = c.take<T>(w * s.intermediate);
   return r;
 }
@@ -286,36 +488,33 @@ cudaError_t block_layer(const LayerShape& s, const LayerInputs& in, const LayerO
   const int w = s.width;
   const int q_size = s.num_heads * s.head_dim;
   const int kv_size = s.num_kv_heads * s.head_dim;
-  rms_norm_kernel<T><<<w, 128, 0, stream>>>(x, static_cast<const T*>(in.input_norm), r.normed, s.hidden, s.eps);
-  cudaError_t code = linear<T>({r.normed,
-                                stacked<T>(s.hidden, in.q.weight, q_size, in.k.weight, kv_size, in.v.weight),
-                                {in.q.bias, in.k.bias, in.v.bias},
-                                nullptr,
-                                r.qkv,
-                                nullptr,
-                                w,
-                                q_size + 2 * kv_size,
-                                s.hidden},
-                               stream);
-  if (code != cudaSuccess) return code;
-  heads_kernel<T><<<w, 256, 0, stream>>>({r.qkv, r.query, static_cast<T*>(out.key), static_cast<T*>(out.value),
-                                          static_cast<const T*>(in.q_norm), static_cast<const T*>(in.k_norm),
-                                          in.position, make_rope(s, in), w, s.num_heads, s.num_kv_heads, s.head_dim,
-                                          s.eps, rounded_scale(s.dtype, s.head_dim)});
-
-  const int columns = s.capacity + w;
-  const auto cache = [&](const void* past, const void* fresh) {
-    Stack<T> stack = stacked<T>(s.head_dim, past, s.capacity, fresh);
-    stack.batch_stride[0] = static_cast<int64_t>(s.capacity) * s.head_dim;
-    stack.batch_stride[1] = static_cast<int64_t>(w) * s.head_dim;
-    return stack;
-  };
+  const auto alone = [](const Linear& linear) { return Stack{{linear, {}, {}}, {0, INT_MAX, INT_MAX}}; };
+  Launcher launch(stream);
+  launch(rms_norm_kernel<T>, w, 128, 0, x, static_cast<const T*>(in.input_norm), r.normed, s.hidden, s.eps);
+  const Stack qkv = {{in.q, in.k, in.v}, {0, q_size, q_size + kv_size}};
+  linear<T>({r.normed, qkv, nullptr, r.qkv, nullptr, w, q_size + 2 * kv_size, s.hidden}, launch);
+  const HeadsArguments<T> heads = {r.qkv,
+                                   r.query,
+                                   static_cast<T*>(out.key),
+                                   static_cast<T*>(out.value),
+                                   static_cast<const T*>(in.q_norm),
+                                   static_cast<const T*>(in.k_norm),
+                                   in.position,
+                                   make_rope(s, in),
+                                   w,
+                                   s.num_heads,
+                                   s.num_kv_heads,
+                                   s.head_dim,
+                                   s.eps,
+                                   rounded_scale(s.dtype, s.head_dim)};
+  launch(heads_kernel<T>, w, 256, 0, heads);
   const AttentionArguments<T> a = {r.query,
-                                   cache(in.past_key, out.key),
-                                   cache(in.past_value, out.value),
-                                   r.logits,
-                                   r.probabilities,
+                                   static_cast<const T*>(in.past_key),
+                                   static_cast<const T*>(in.past_value),
+                                   static_cast<const T*>(out.key),
+                                   static_cast<const T*>(out.value),
                                    r.attended,
+                                   r.collected,
                                    out.scores,
                                    in.past_scores,
                                    in.past_length,
@@ -325,45 +524,14 @@ cudaError_t block_layer(const LayerShape& s, const LayerInputs& in, const LayerO
                                    s.num_heads / s.num_kv_heads,
                                    s.head_dim,
                                    s.capacity,
-                                   columns,
-                                   logits_stride(s),
                                    s.score_decay,
                                    s.decay_per_token};
-  const int row_tiles = ceil_div(w, kTile);
-  code = launch_gemm<T>(logits_kernel<T>, dim3(ceil_div(columns, kTile), row_tiles, s.num_heads), a, stream);
-  if (code != cudaSuccess) return code;
-  softmax_kernel<T><<<ceil_div(s.num_heads * w, 4), 128, 0, stream>>>(a);
-  scores_kernel<T><<<dim3(ceil_div(columns, 32), s.num_kv_heads), dim3(32, 32), 0, stream>>>(a);
-  code = launch_gemm<T>(values_kernel<T>, dim3(ceil_div(s.head_dim, kTile), row_tiles, s.num_heads), a, stream);
-  if (code != cudaSuccess) return code;
-
-  code = linear<T>(
-      {r.attended, stacked<T>(q_size, in.o.weight), {in.o.bias}, x, r.middle, nullptr, w, s.hidden, q_size}, stream);
-  if (code != cudaSuccess) return code;
-  rms_norm_kernel<T><<<w, 128, 0, stream>>>(r.middle, static_cast<const T*>(in.post_norm), r.normed, s.hidden, s.eps);
-  code = linear<T>({r.normed,
-                    stacked<T>(s.hidden, in.gate.weight, s.intermediate, in.up.weight),
-                    {in.gate.bias, in.up.bias},
-                    nullptr,
-                    r.both,
-                    nullptr,
-                    w,
-                    2 * s.intermediate,
-                    s.hidden},
-                   stream);
-  if (code != cudaSuccess) return code;
-  silu_kernel<T>
-      <<<dim3(ceil_div(s.intermediate, 128 * Pack<T>::kSize), w), 128, 0, stream>>>(r.both, r.gated, s.intermediate);
-  return linear<T>({r.gated,
-                    stacked<T>(s.intermediate, in.down.weight),
-                    {in.down.bias},
-                    r.middle,
-                    static_cast<T*>(out.x),
-                    nullptr,
-                    w,
-                    s.hidden,
-                    s.intermediate},
-                   stream);
+  attention<T>(a, launch);
+  linear<T>({r.attended, alone(in.o), x, r.middle, nullptr, w, s.hidden, q_size}, launch);
+  launch(rms_norm_kernel<T>, w, 128, 0, r.middle, static_cast<const T*>(in.post_norm), r.normed, s.hidden, s.eps);
+  gate_up<T>({r.normed, in.gate, in.up, r.gated, w, s.intermediate, s.hidden}, launch);
+  linear<T>({r.gated, alone(in.down), r.middle, static_cast<T*>(out.x), nullptr, w, s.hidden, s.intermediate}, launch);
+  return launch.code();
 }
 
 }  // namespace
@@ -386,16 +554,10 @@ cudaError_t run_lm_head(OpDtype dtype, int32_t width, int32_t hidden, int32_t vo
                         const void* weight, float* logits, cudaStream_t stream) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return linear<T>({static_cast<const T*>(hidden_states),
-                      stacked<T>(hidden, weight),
-                      {},
-                      nullptr,
-                      nullptr,
-                      logits,
-                      width,
-                      vocab_size,
-                      hidden},
-                     stream);
+    const Stack all = {{{weight, nullptr}, {}, {}}, {0, INT_MAX, INT_MAX}};
+    Launcher launch(stream);
+    linear<T>({static_cast<const T*>(hidden_states), all, nullptr, nullptr, logits, width, vocab_size, hidden}, launch);
+    return launch.code();
   });
 }
 

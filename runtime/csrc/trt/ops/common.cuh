@@ -46,6 +46,22 @@ __device__ __forceinline__ float rounded(float x) {
   return to_float(from_float<T>(x));
 }
 
+// exp(x), as exact as T needs it.
+template <typename T>
+__device__ __forceinline__ float exponential(float x) {
+  if constexpr (sizeof(T) == 4) return expf(x);
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
+
+// x * sigmoid(x), the sigmoid and the product rounded (arXiv 1702.03118).
+template <typename T>
+__device__ __forceinline__ float silu(float x) {
+  const float base = 1.0f + exponential<T>(-x);
+  return rounded<T>(x * rounded<T>(sizeof(T) == 4 ? 1.0f / base : __fdividef(1.0f, base)));
+}
+
 // 16 bytes of T.
 template <typename T>
 struct Pack {
@@ -88,20 +104,33 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
   return warp_sum(x);
 }
 
+// A kernel may be launched before the one in front of it has ended (programmatic dependent launch, compute capability
+// 9.0 and later): until this returns, only weights may be read, and nothing written.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // y = x / sqrt(mean(x^2) + eps) * weight, rounded after the division and after the product (arXiv 1910.07467).
 // A block works on one row; y may be shared memory.
 template <typename T>
 __device__ void rms_norm_row(const T* x, const T* weight, int n, float eps, T* y, float* scratch) {
   constexpr int kSize = Pack<T>::kSize;
-  float sum = 0.0f;
-  for (int i = threadIdx.x; i < n / kSize; i += blockDim.x) {
+  const int packs = n / kSize;
+  const int first = min(static_cast<int>(threadIdx.x), packs - 1);  // stays in registers
+  const Pack<T> head = Pack<T>::load(x + first * kSize);
+  const Pack<T> head_gain = Pack<T>::load(weight + first * kSize);
+  float sum = threadIdx.x < packs ? dot(head, head, 0.0f) : 0.0f;
+  for (int i = threadIdx.x + blockDim.x; i < packs; i += blockDim.x) {
     const Pack<T> p = Pack<T>::load(x + i * kSize);
     sum = dot(p, p, sum);
   }
   const float root = sqrtf(block_sum(sum, scratch) / static_cast<float>(n) + eps);
-  for (int i = threadIdx.x; i < n / kSize; i += blockDim.x) {
-    const Pack<T> p = Pack<T>::load(x + i * kSize);
-    const Pack<T> g = Pack<T>::load(weight + i * kSize);
+  for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+    const Pack<T> p = i == first ? head : Pack<T>::load(x + i * kSize);
+    const Pack<T> g = i == first ? head_gain : Pack<T>::load(weight + i * kSize);
     Pack<T> out;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) out.set(j, rounded<T>(p.get(j) / root) * g.get(j));
@@ -202,12 +231,56 @@ auto with_dtype(OpDtype dtype, F&& body) {
   }
 }
 
-// More dynamic shared memory than 48 KB has to be asked for, once a kernel.
-template <typename K>
-cudaError_t allow_shared(K kernel, size_t nbytes) {
-  if (nbytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(nbytes));
-}
+// Launches kernels one after another; after a failure it does nothing more. If they overlap, each is launched while the
+// one before still runs, where the device can, and calls wait_for_previous: that hides what small kernels take to
+// start, and costs large ones, whose blocks wait in each other's way.
+class Launcher {
+ public:
+  explicit Launcher(cudaStream_t stream, bool overlaps = false) : stream_(stream) {
+    int device = 0;
+    int major = 0;
+    code_ = cudaGetDevice(&device);
+    if (code_ == cudaSuccess) code_ = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (code_ == cudaSuccess) {
+      code_ = cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (code_ == cudaSuccess) {
+      code_ = cudaDeviceGetAttribute(&most_shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    overlaps_ = overlaps && major >= 9;
+  }
+
+  template <typename... P, typename... A>
+  void operator()(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, const A&... arguments) {
+    if (code_ == cudaSuccess && shared > 48 * 1024) {  // more has to be asked for
+      code_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    }
+    if (code_ != cudaSuccess) return;
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream_;
+    config.attrs = &overlap;
+    config.numAttrs = overlaps_ ? 1 : 0;
+    code_ = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+  }
+
+  [[nodiscard]] cudaError_t code() const { return code_; }
+  [[nodiscard]] int multiprocessors() const { return multiprocessors_; }
+  // Bytes that a block can have.
+  [[nodiscard]] size_t most_shared() const { return static_cast<size_t>(most_shared_); }
+
+ private:
+  cudaStream_t stream_;
+  cudaError_t code_;
+  bool overlaps_;
+  int multiprocessors_ = 0;
+  int most_shared_ = 0;
+};
 
 // Layer implementations by width.
 size_t decode_workspace(const LayerShape& shape);

@@ -124,7 +124,7 @@ __device__ __forceinline__ float activate(Activation kind, float x) {
     case Activation::kRelu:
       return fmaxf(x, 0.0f);
     case Activation::kSilu:
-      return rounded<T>(x * rounded<T>(1.0f / (1.0f + expf(-x))));
+      return silu<T>(x);
     case Activation::kTanh:
       return rounded<T>(tanhf(x));
     case Activation::kGelu: {
@@ -166,7 +166,7 @@ __device__ __forceinline__ void conv_output(const Arguments& a, const ConvArgume
   c.out[first + (c.last ? static_cast<int64_t>(o) * a.stride + n : static_cast<int64_t>(n) * c.out_channels + o)] = y;
 }
 
-// Any shape and type: a thread an output.
+// Any shape and type, and taps that no shared memory holds: a thread an output.
 template <typename T>
 __global__ void conv_kernel(Arguments a, ConvArguments<T> c) {
   const Place p = place(a, blockIdx.z);
@@ -332,15 +332,19 @@ __global__ void __launch_bounds__(kGemmThreads) mix_kernel(MixArguments<T> m_arg
   const float normalizer = to_float(*static_cast<const T*>(layer.normalizer));
   const float share = rounded<T>(1.0f - normalizer);
   const auto at = [&](int position, int n) { return row_of<T>(a, p, rest[position], n >= d) + (n >= d ? n - d : n); };
-  gemm_tile<T, false>(
-      a.mixed, 2 * d, ceil_div(length, Pack<T>::kSize) * Pack<T>::kSize, blockIdx.y * kTile, blockIdx.x * kTile,
+  gemm_tile<T, false, 64, kTile>(
+      a.mixed, 2 * d, ceil_div(length, Pack<T>::kSize) * Pack<T>::kSize, blockIdx.y * 64, blockIdx.x * kTile,
       [&](int m) { return mix + (static_cast<int64_t>(p.index) * a.mixed + m) * a.stride; },
       [&](int k, int n) { return at(min(k, length - 1), n); },
-      [&](int m, int n, float sum) {
-        const float anchor = to_float(*at(a.anchors[p.index * a.mixed + m], n));
-        const float fused = rounded<T>(anchor * share) + rounded<T>(rounded<T>(sum) * normalizer);
+      [&](int m, int n, const float* sums) {
+        const Pack<T> anchor = Pack<T>::load(at(a.anchors[p.index * a.mixed + m], n));
+        Pack<T> fused;
+#pragma unroll
+        for (int j = 0; j < Pack<T>::kSize; ++j) {
+          fused.set(j, rounded<T>(anchor.get(j) * share) + rounded<T>(rounded<T>(sums[j]) * normalizer));
+        }
         T* to = static_cast<T*>(n >= d ? layer.value : layer.key);
-        to[(static_cast<int64_t>(p.head) * a.capacity + a.keep + m) * d + (n >= d ? n - d : n)] = from_float<T>(fused);
+        fused.store(to + (static_cast<int64_t>(p.head) * a.capacity + a.keep + m) * d + (n >= d ? n - d : n));
       });
 }
 
@@ -432,24 +436,20 @@ Scratch<T> carve(const FusionShape& s, Carver& c) {
 }
 
 template <typename T>
-cudaError_t convolve(const FusionShape& s, const Arguments& a, const ConvArguments<T>& c, cudaStream_t stream) {
+void convolve(const FusionShape& s, const Arguments& a, const ConvArguments<T>& c, Launcher& launch) {
   const int places = s.num_layers * s.num_kv_heads;
   if constexpr (sizeof(T) == 2) {
-    if (c.in_channels % kConvDepth == 0 && s.head_dim % kConvDepth == 0) {
-      const size_t nbytes = conv_tile_bytes(c.kernel_size);
-      const size_t row_bytes = sizeof(T) * static_cast<size_t>(c.in_channels) * c.kernel_size;
-      if (allow_shared(conv_tile_kernel<T>, nbytes) == cudaSuccess &&
-          allow_shared(by_tap_kernel<T>, row_bytes) == cudaSuccess) {
-        by_tap_kernel<T><<<dim3(c.out_channels, s.num_layers), 256, row_bytes, stream>>>(a, c);
-        const dim3 grid(ceil_div(a.most, kConvColumns), ceil_div(c.out_channels, kConvRows), places);
-        conv_tile_kernel<T><<<grid, kConvThreads, nbytes, stream>>>(a, c);
-        return cudaGetLastError();
-      }
-      (void)cudaGetLastError();  // a kernel too long for shared memory: the plain way
+    const size_t row_bytes = sizeof(T) * static_cast<size_t>(c.in_channels) * c.kernel_size;
+    const size_t tile_bytes = conv_tile_bytes(c.kernel_size);
+    const size_t shared = row_bytes > tile_bytes ? row_bytes : tile_bytes;
+    if (c.in_channels % kConvDepth == 0 && s.head_dim % kConvDepth == 0 && shared <= launch.most_shared()) {
+      launch(by_tap_kernel<T>, dim3(c.out_channels, s.num_layers), 256, row_bytes, a, c);
+      const dim3 grid(ceil_div(a.most, kConvColumns), ceil_div(c.out_channels, kConvRows), places);
+      launch(conv_tile_kernel<T>, grid, kConvThreads, tile_bytes, a, c);
+      return;
     }
   }
-  conv_kernel<T><<<dim3(ceil_div(a.most, 128), c.out_channels, places), 128, 0, stream>>>(a, c);
-  return cudaGetLastError();
+  launch(conv_kernel<T>, dim3(ceil_div(a.most, 128), c.out_channels, places), 128, 0, a, c);
 }
 
 template <typename T>
@@ -479,30 +479,27 @@ cudaError_t fuse(const FusionShape& s, const FusionLayer* layers, const int32_t*
   int padded = 2;
   while (padded < a.columns) padded *= 2;
   const size_t select_bytes = static_cast<size_t>(padded) * (sizeof(unsigned long long) + 1);
-  cudaError_t code = allow_shared(select_kernel, select_bytes);
-  if (code != cudaSuccess) return code;
-  select_kernel<<<places, kSelectThreads, select_bytes, stream>>>(a, padded);
-  keep_kernel<T><<<dim3(8, places), 256, 0, stream>>>(a, s.scores);
-  if (s.mixed == 0) return cudaGetLastError();
+  Launcher launch(stream);
+  launch(select_kernel, places, kSelectThreads, select_bytes, a, padded);
+  launch(keep_kernel<T>, dim3(8, places), 256, 0, a, s.scores);
+  if (s.mixed == 0) return launch.code();
 
   const T* in = nullptr;
   int in_channels = 2 * s.head_dim;
   for (int i = 0; i < s.num_conv; ++i) {
     const ConvArguments<T> c = {
         in, r.by_tap, r.conv[i % 2], i, in_channels, s.conv_out[i], s.kernel_size, s.activation, i + 1 == s.num_conv};
-    code = convolve(s, a, c, stream);
-    if (code != cudaSuccess) return code;
+    convolve(s, a, c, launch);
     in = c.out;
     in_channels = c.out_channels;
   }
   T* mix = r.conv[(s.num_conv - 1) % 2];
   const int rows = places * s.mixed;
-  mix_softmax_kernel<T><<<ceil_div(rows, 4), 128, 0, stream>>>(a, mix, rows);
-  const dim3 grid(ceil_div(2 * s.head_dim, kTile), ceil_div(s.mixed, kTile), places);
-  code = launch_gemm<T>(mix_kernel<T>, grid, MixArguments<T>{a, mix}, stream);
-  if (code != cudaSuccess) return code;
-  if (s.scores) mix_scores_kernel<T><<<dim3(ceil_div(s.mixed, 4), places), 128, 0, stream>>>(a, mix);
-  return cudaGetLastError();
+  launch(mix_softmax_kernel<T>, ceil_div(rows, 4), 128, 0, a, mix, rows);
+  const dim3 grid(ceil_div(2 * s.head_dim, kTile), ceil_div(s.mixed, 64), places);
+  launch(mix_kernel<T>, grid, kGemmThreads, GemmTile<T, 64>::kBytes, MixArguments<T>{a, mix});
+  if (s.scores) launch(mix_scores_kernel<T>, dim3(ceil_div(s.mixed, 4), places), 128, 0, a, mix);
+  return launch.code();
 }
 
 }  // namespace
