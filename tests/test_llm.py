@@ -25,6 +25,7 @@ from lococo_runtime import (
     EmptyPromptError,
     InvalidArgumentError,
     SamplingParams,
+    Session,
     TokenIdError,
     UnsupportedError,
 )
@@ -262,6 +263,10 @@ def test_a_session_that_is_passed_in_is_continued(llm: LLM, tmp_path: Path) -> N
         (lambda m: m.generate([5, 260]), TokenIdError, "259"),
         (lambda m: m.generate([0.5]), InvalidArgumentError, "integers"),
         (lambda m: m.generate("\ud800"), InvalidArgumentError, "Unicode"),
+        (lambda m: m.generate(None), InvalidArgumentError, "integers"),
+        (lambda m: m.generate(5), InvalidArgumentError, "one dimension"),
+        (lambda m: m.generate("x", {"temperature": 1.0}), InvalidArgumentError, "params: expected SamplingParams"),
+        (lambda m: m.generate("x", grammar="[a]"), InvalidArgumentError, "grammar: expected Grammar, got str"),
         (lambda m: m.generate("x", SamplingParams(stop_token_ids=[260])), TokenIdError, "stop_token_ids"),
         (lambda m: m.generate("x", SamplingParams(logit_bias={260: 1})), TokenIdError, "logit_bias"),
         (lambda m: m.generate("x", SamplingParams(logprobs=261)), InvalidArgumentError, "logprobs"),
@@ -291,6 +296,13 @@ def test_bad_input_leaves_a_session_as_it_was(llm: LLM) -> None:
             with pytest.raises(InvalidArgumentError):
                 llm.generate("Hello", params(**bad), session=session)
         assert session.state() == state
+
+
+def test_a_session_of_another_bundle_is_refused(llm: LLM, backend: Backend) -> None:
+    with Session(backend.bundle("grammar"), **backend.options) as other:
+        with pytest.raises(InvalidArgumentError, match="one of another"):
+            llm.generate("Hello", session=other)
+        assert other.position == 0
 
 
 def test_a_broken_tokenizer_is_corrupt(bundle: Path, tmp_path: Path) -> None:

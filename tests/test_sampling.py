@@ -500,6 +500,10 @@ def test_parameters_a_session_refuses(session: Session, call: Callable[..., Any]
     [
         *({name: value} for name in ("temperature", "top_p", "min_p", "typical_p") for value in (-0.1, "1", True)),
         *({name: 1.1} for name in ("top_p", "min_p", "typical_p")),
+        *({name: value} for name in ("stop", "stop_token_ids", "logit_bias") for value in (None, 5)),
+        {"logit_bias": [5]},
+        {"temperature": 10**400},
+        {"ignore_eos": "no"},
         *(
             {name: value}
             for name in (

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import _c_api as c
 from ._exceptions import ClosedError, InvalidArgumentError, LococoError
-from .sampling import SamplingParams, TokenLogprobs
+from .sampling import SamplingParams, TokenLogprobs, or_default
 from .session import Logits, Model, Session, TokenIds, _Handle, check_ids
 
 OnToken = Callable[[int, int], object]
@@ -166,7 +166,7 @@ def generate_many(
         BackendError: a step of the whole batch failed.
     """
     arrays = [check_ids(prompt, model.vocab_size, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-    each = [params or SamplingParams()] * len(arrays) if not isinstance(params, Sequence) else list(params)
+    each = [*map(or_default, params if isinstance(params, Sequence) else [params] * len(arrays))]
     if len(each) != len(arrays):
         raise InvalidArgumentError(f"params: expected one for each of {len(arrays)} prompts, got {len(each)}")
     if any(p.stop for p in each):

@@ -10,12 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ._chat_template import ChatTemplate, Message
 from ._detokenizer import Detokenizer
 from ._exceptions import CorruptError, EmptyPromptError, InvalidArgumentError, NotFoundError, TokenIdError
 from .completion import AsyncCompletionStream, CompletionBuilder, CompletionOutput, CompletionStream, Step
 from .grammar import Grammar, GrammarCompiler
-from .sampling import SamplingParams
+from .sampling import SamplingParams, or_default
 from .session import Model, Session, check_ids
 
 if TYPE_CHECKING:
@@ -325,6 +327,10 @@ class LLM:
     ) -> CompletionStream:
         if session is None:
             return self._stream(ids, params, grammar, self.model.session, owns_session=True, step=step)
+        if session.model.manifest.bundle_id != self.model.manifest.bundle_id:
+            raise InvalidArgumentError(
+                "session: expected one of this bundle, got one of another; see LLM.model.session"
+            )
         given = session
         return self._stream(ids, params, grammar, lambda: given, num_cached_tokens=session.position, step=step)
 
@@ -340,8 +346,10 @@ class LLM:
         step: Step | None = None,
         on_end: Callable[[CompletionStream], None] | None = None,
     ) -> CompletionStream:
-        params = params or SamplingParams()
-        if len(ids):
+        params = or_default(params)
+        if not isinstance(grammar, Grammar | None):
+            raise InvalidArgumentError(f"grammar: expected Grammar, got {type(grammar).__name__}")
+        if np.size(ids):
             ids = check_ids(ids, self.model.vocab_size).tolist()
         elif num_cached_tokens == 0:
             raise EmptyPromptError("prompt: expected some text, got an empty one")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
 
 from . import _c_api as c
 from ._exceptions import InvalidArgumentError
@@ -14,6 +17,8 @@ from ._exceptions import InvalidArgumentError
 MAX_STOPS = 64  # LOCOCO_MAX_STOPS
 MAX_STOP_BYTES = 1024  # LOCOCO_MAX_STOP_BYTES
 MAX_FLOAT32 = 3.4028234e38
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,15 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _copy_of("stop", self.stop, tuple, "a string or a list")
         for name, value in (
             ("stop", stop),
-            ("stop_token_ids", tuple(self.stop_token_ids)),
-            ("logit_bias", dict(self.logit_bias)),
+            ("stop_token_ids", _copy_of("stop_token_ids", self.stop_token_ids, tuple, "a list of token ids")),
+            ("logit_bias", _copy_of("logit_bias", self.logit_bias, dict, "a dict of token ids and numbers")),
         ):
             object.__setattr__(self, name, value)
+        if not isinstance(self.ignore_eos, (bool, np.bool_)):
+            raise InvalidArgumentError(f"ignore_eos: expected True or False, got {self.ignore_eos!r}")
         _check_integer("max_tokens", self.max_tokens, 2**31 - 1)
         _check_integer("seed", self.seed, 2**64 - 1)
         _check_integer("top_k", self.top_k, 2**31 - 1)
@@ -110,6 +117,13 @@ class SamplingParams:
             num_stop_token_ids=len(stops),
             ignore_eos=self.ignore_eos,
         )
+
+
+def or_default(params: SamplingParams | None) -> SamplingParams:
+    """`params`, the default for None. Raises InvalidArgumentError where it is something else."""
+    if not isinstance(params, SamplingParams | None):
+        raise InvalidArgumentError(f"params: expected SamplingParams, got {type(params).__name__}")
+    return SamplingParams() if params is None else params
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,13 @@ def _text_at(address: ctypes.c_void_p, size: ctypes.c_size_t) -> str:
     return ctypes.string_at(address, size.value).decode() if size.value else ""
 
 
+def _copy_of(name: str, value: Any, kind: Callable[[Any], _T], expected: str) -> _T:
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as e:
+        raise InvalidArgumentError(f"{name}: expected {expected}, got {value!r}") from e
+
+
 def _check_integer(name: str, value: object, high: int) -> None:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise InvalidArgumentError(f"{name}: expected an integer, got {value!r}")
@@ -190,11 +211,11 @@ def _check_number(
 ) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise InvalidArgumentError(f"{name}: expected a number, got {value!r}")
-    number = float(value)
-    if not (abs(number) <= MAX_FLOAT32 and low <= number <= high and above < number):
+    if not (abs(value) <= MAX_FLOAT32 and low <= value <= high and above < value):  # type: ignore[operator]
         limits = [f"above {above:g}"] if above > -math.inf else [f"at least {low:g}"] if low > -math.inf else []
         limits += [f"at most {high:g}"] if high < math.inf else []
-        raise InvalidArgumentError(f"{name}: expected a finite number {' and '.join(limits)}, got {value}")
+        finite = " ".join(["a finite number", " and ".join(limits)]).rstrip()
+        raise InvalidArgumentError(f"{name}: expected {finite}, got {value}")
 
 
 def _check_stop(stop: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from . import _c_api as c
 from ._exceptions import ClosedError, DeadSessionError, EmptyPromptError, InvalidArgumentError, TokenIdError
 from .bundle import Manifest, read_manifest
-from .sampling import SamplingParams, TokenLogprobs
+from .sampling import SamplingParams, TokenLogprobs, or_default
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -285,7 +285,7 @@ class Session(_Handle):
         self, ids: TokenIds, params: SamplingParams | None, logprobs: list[TokenLogprobs] | None
     ) -> SamplingParams:
         """Refuses what generation would refuse, before it reads `ids`."""
-        params = params or SamplingParams()
+        params = or_default(params)
         if params.stop:
             raise InvalidArgumentError("stop: a session has token ids and no text; use LLM, or stop_token_ids")
         if (params.logprobs is None) != (logprobs is None):
@@ -302,7 +302,7 @@ class Session(_Handle):
         return params
 
     def _native(self, params: SamplingParams | None, allowed_tokens: TokenMask | None = None) -> c.CSamplingParams:
-        native = (params or SamplingParams()).to_c()
+        native = or_default(params).to_c()
         if allowed_tokens is not None:
             mask = np.asarray(allowed_tokens)
             if mask.dtype not in (np.uint32, np.int32) or mask.ndim != 1:
