@@ -302,6 +302,10 @@ def test_a_session_of_another_bundle_is_refused(llm: LLM, backend: Backend) -> N
     with Session(backend.bundle("grammar"), **backend.options) as other:
         with pytest.raises(InvalidArgumentError, match="one of another"):
             llm.generate("Hello", session=other)
+        with pytest.raises(InvalidArgumentError, match="one of another"):
+            llm.read("Hello", other)
+        with pytest.raises(InvalidArgumentError, match="one of another"):
+            Chat(llm, session=other)
         assert other.position == 0
 
 

@@ -370,7 +370,7 @@ def test_pools_that_cannot_be(model: Model, tmp_path: Path) -> None:
     for options in ({}, {"budget_bytes": 1 << 30, "max_sessions": 1}):
         with pytest.raises(InvalidArgumentError, match="one of budget_bytes and max_sessions"):
             SessionPool(model, tmp_path / "pool", **options)
-    for options in ({"budget_bytes": 0}, {"max_sessions": -1}, {"max_sessions": 1.5}):
+    for options in ({"budget_bytes": 0}, {"max_sessions": -1}, {"max_sessions": 1.5}, {"max_sessions": True}):
         with pytest.raises(InvalidArgumentError, match=next(iter(options))):
             SessionPool(model, tmp_path / "pool", **options)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match=f"at least {model.session_bytes}"):
@@ -384,12 +384,14 @@ def test_pools_that_cannot_be(model: Model, tmp_path: Path) -> None:
 
 def test_ids_and_sessions_that_cannot_be(model: Model, tmp_path: Path) -> None:
     with SessionPool(model, tmp_path / "pool", max_sessions=1) as pool, Session(model) as own:
-        for wrong in ("", "x" * 201, "漢" * 70, "a\0b", "\ud800"):
+        for wrong in ("", "x" * 201, "漢" * 70, "a\0b", "\ud800", None, 5):
             with pytest.raises(InvalidArgumentError, match="id"):
-                pool.acquire(wrong)
-        for seconds in (-1, float("nan"), float("inf")):
+                pool.acquire(wrong)  # type: ignore[arg-type]
+        for seconds in (-1, float("nan"), float("inf"), "1"):
             with pytest.raises(InvalidArgumentError, match="timeout"):
-                pool.acquire("a", timeout=seconds)
+                pool.acquire("a", timeout=seconds)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgumentError, match="NUL"):
+            pool.acquire("a", start=f"{tmp_path}\0")
         with pytest.raises(InvalidArgumentError, match="this pool"):
             pool.release(own)  # type: ignore[arg-type]
         for call in (pool.remove, pool.flush):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -385,6 +387,13 @@ def test_damaged_states(session: Session, tmp_path: Path) -> None:
         session.set_state(bytes(schema))
     with pytest.raises(NotFoundError):
         session.load(tmp_path / "missing")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):  # without waiting for somebody to write
+        with pytest.raises(StorageError, match="regular file"):
+            session.load(path)
+    for wrong in (None, "state", bytearray(good)):
+        with pytest.raises(InvalidArgumentError, match="expected bytes"):
+            session.set_state(wrong)  # type: ignore[arg-type]
     assert session.state() == good
 
 
@@ -397,6 +406,10 @@ def test_save_where_it_cannot_be(session: Session, tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"old")
     with pytest.raises(StorageError):
         session.save(tmp_path)  # a directory
+    for use in (session.save, session.load):
+        for wrong in (None, 5, "\ud800", f"{tmp_path / 'new'}\0.state"):  # C would read the path up to the NUL
+            with pytest.raises(InvalidArgumentError, match="path"):
+                use(wrong)  # type: ignore[arg-type]
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
@@ -424,6 +437,26 @@ def test_bundle_with_a_truncated_or_changed_file(plain_bundle: Path, tmp_path: P
     with pytest.raises(CorruptError, match="sha256"):
         Session(broken)
     Session(broken, verify=False).close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_threads": -1}, {"num_threads": 2**32 + 1}, {"num_threads": "4"}, {"device": None}, {"backend": 5}],
+    ids=str,
+)
+def test_options_of_the_wrong_kind(plain_bundle: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match=next(iter(options))):
+        Model(plain_bundle, **options)
+
+
+def test_a_manifest_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lococo.json")
+    with pytest.raises(CorruptError):
+        Session(tmp_path)
+    (tmp_path / "lococo.json").unlink()
+    (tmp_path / "lococo.json").mkdir()
+    with pytest.raises(StorageError, match=r"lococo\.json"):
+        Session(tmp_path)
 
 
 def test_bundle_of_another_schema(plain_bundle: Path, tmp_path: Path) -> None:

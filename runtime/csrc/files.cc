@@ -56,18 +56,22 @@ void sync_directory_of(const std::string& path) {
 
 }  // namespace
 
-InputFile::InputFile(std::string path) : path_(std::move(path)), fd_(open_retrying(path_.c_str(), O_RDONLY)) {
+// Not waiting: a pipe without a writer would never open.
+InputFile::InputFile(std::string path)
+    : path_(std::move(path)), fd_(open_retrying(path_.c_str(), O_RDONLY | O_NONBLOCK)) {
   if (fd_ < 0) fail_errno(errno, path_, "open");
+  struct stat info = {};
+  const int code = ::fstat(fd_, &info) == 0 ? 0 : errno;
+  if (code == 0 && S_ISREG(info.st_mode)) {
+    size_ = static_cast<uint64_t>(info.st_size);
+    return;
+  }
+  ::close(fd_);
+  if (code != 0) fail_errno(code, path_, "stat");
+  fail(LOCOCO_ERROR_IO, "%s: expected a regular file; check the path", path_.c_str());
 }
 
 InputFile::~InputFile() { ::close(fd_); }
-
-uint64_t InputFile::size() const {
-  struct stat info = {};
-  if (::fstat(fd_, &info) != 0) fail_errno(errno, path_, "stat");
-  if (!S_ISREG(info.st_mode)) fail(LOCOCO_ERROR_IO, "%s: expected a regular file; check the path", path_.c_str());
-  return static_cast<uint64_t>(info.st_size);
-}
 
 size_t InputFile::read(void* data, size_t size) {
   size_t done = 0;

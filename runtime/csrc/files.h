@@ -12,18 +12,19 @@ namespace lococo {
 
 class InputFile {
  public:
-  explicit InputFile(std::string path);  // NOT_FOUND or IO
+  explicit InputFile(std::string path);  // of a regular file. NOT_FOUND or IO
   ~InputFile();
   InputFile(const InputFile&) = delete;
   InputFile& operator=(const InputFile&) = delete;
 
-  [[nodiscard]] uint64_t size() const;
+  [[nodiscard]] uint64_t size() const { return size_; }  // when it was opened
   // Up to size bytes; fewer only at the end of the file.
   size_t read(void* data, size_t size);
 
  private:
   std::string path_;
   int fd_;
+  uint64_t size_ = 0;
 };
 
 Digest sha256_file(const std::string& path);

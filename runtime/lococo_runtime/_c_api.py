@@ -230,6 +230,17 @@ def library() -> ctypes.CDLL:
     return lib
 
 
+def encode_path(path: str | os.PathLike[str]) -> bytes:
+    """A path for the library. Raises InvalidArgumentError where it is none, or has a NUL, which would cut it short."""
+    try:
+        encoded = os.fsencode(path)
+    except (TypeError, UnicodeEncodeError) as e:
+        raise errors.InvalidArgumentError(f"path: expected a string or a path, got {path!r}") from e
+    if b"\0" in encoded:
+        raise errors.InvalidArgumentError(f"path: expected no NUL character, got {path!r}")
+    return encoded
+
+
 def call(name: str, *args: Any) -> None:
     """Calls a function that returns a status and raises the exception that belongs to it."""
     lib = library()

@@ -575,7 +575,8 @@ def file_entry(root: Path, name: str) -> FileEntry:
 
 def read_bounded(path: Path) -> str:
     """The text of a file, or so much of it that `parse_json` refuses it. Raises OSError, UnicodeDecodeError."""
-    with path.open("rb") as f:
+    # without waiting: a pipe that nobody writes to would never open
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
         return f.read(MAX_JSON_BYTES + 1).decode("utf-8")
 
 
@@ -600,7 +601,7 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     """The checked manifest of a bundle directory; files are not opened.
 
     Raises:
-        NotFoundError: no such directory, or no manifest in it.
+        NotFoundError, StorageError: no such directory, or no manifest in it; it cannot be read.
         CorruptError, VersionError: see `Manifest.from_json`.
     """
     path = Path(bundle) / MANIFEST_NAME
@@ -608,6 +609,8 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
         text = read_bounded(path)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise NotFoundError(f"{path}: not found; expected a bundle directory as written by lococo-export") from e
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be read: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
         raise CorruptError(f"{path}: not UTF-8 text: {e}") from e
     return Manifest.from_json(text, str(path))

@@ -48,6 +48,8 @@ class Chat:
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        if session is not None:
+            llm.check_session(session)
         self.messages: list[Message] = list(messages)
         self.session = llm.model.session() if session is None else session
         self._llm = llm

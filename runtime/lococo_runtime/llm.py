@@ -249,6 +249,7 @@ class LLM:
             EmptyPromptError: an empty prompt. TokenIdError: an id outside the vocabulary; nothing has been read then.
             CancelledError: `Session.cancel`. BusyError, ClosedError, DeadSessionError, BackendError.
         """
+        self.check_session(session)
         ids = self.encode(prompt, add_special_tokens=session.position == 0) if isinstance(prompt, str) else prompt
         array = check_ids(ids, self.model.vocab_size, "prompt")  # (T)
         block = self.model.manifest.cache.block_size
@@ -317,6 +318,13 @@ class LLM:
     def _grammars(self) -> GrammarCompiler:
         return GrammarCompiler(self.tokenizer, self.detokenizer, self.model.vocab_size)
 
+    def check_session(self, session: Session) -> None:
+        """Raises InvalidArgumentError unless it is a session of this bundle, where token ids mean the same."""
+        if not isinstance(session, Session):
+            raise InvalidArgumentError(f"session: expected Session, got {type(session).__name__}")
+        if session.model is not self.model and session.model.manifest.bundle_id != self.model.manifest.bundle_id:
+            raise InvalidArgumentError("session: expected one of this bundle, got one of another")
+
     def _continue(
         self,
         ids: Sequence[int],
@@ -327,10 +335,7 @@ class LLM:
     ) -> CompletionStream:
         if session is None:
             return self._stream(ids, params, grammar, self.model.session, owns_session=True, step=step)
-        if session.model.manifest.bundle_id != self.model.manifest.bundle_id:
-            raise InvalidArgumentError(
-                "session: expected one of this bundle, got one of another; see LLM.model.session"
-            )
+        self.check_session(session)
         given = session
         return self._stream(ids, params, grammar, lambda: given, num_cached_tokens=session.position, step=step)
 

@@ -80,12 +80,12 @@ class SessionPool(_Handle):
         if (budget_bytes is None) == (max_sessions is None):
             raise InvalidArgumentError("SessionPool: expected one of budget_bytes and max_sessions")
         for name, value in (("budget_bytes", budget_bytes), ("max_sessions", max_sessions)):
-            if value is not None and not (isinstance(value, int) and 1 <= value < 2**64):
+            if value is not None and not (isinstance(value, int) and value is not True and 1 <= value < 2**64):
                 raise InvalidArgumentError(f"{name}: expected an integer from 1 on, got {value!r}")
         if not model._handle or model._closing:
             raise ClosedError("the model is closed; open it again before making a pool")
         options = c.PoolOptions(
-            ctypes.sizeof(c.PoolOptions), os.fsencode(directory), budget_bytes or 0, max_sessions or 0
+            ctypes.sizeof(c.PoolOptions), c.encode_path(directory), budget_bytes or 0, max_sessions or 0
         )
         c.call("lococo_pool_create", model._handle, ctypes.byref(options), ctypes.byref(self._handle))
         model._count(+1)
@@ -114,7 +114,7 @@ class SessionPool(_Handle):
             "lococo_pool_acquire",
             self._open(),
             _encoded(session_id),
-            None if start is None else os.fsencode(start),
+            None if start is None else c.encode_path(start),
             timeout_ms,
             ctypes.byref(handle),
         )
@@ -211,6 +211,8 @@ class SessionPool(_Handle):
 
 
 def _encoded(session_id: str) -> bytes:
+    if not isinstance(session_id, str):
+        raise InvalidArgumentError(f"session id: expected text, got {type(session_id).__name__}")
     try:
         encoded = session_id.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as e:
@@ -221,6 +223,6 @@ def _encoded(session_id: str) -> bytes:
 
 
 def _milliseconds(seconds: float) -> int:
-    if not 0 <= seconds <= 2_000_000:
+    if not (isinstance(seconds, (int, float)) and 0 <= seconds <= 2_000_000):
         raise InvalidArgumentError(f"timeout: expected None or 0 to 2,000,000 s, got {seconds}")
     return math.ceil(seconds * 1000)

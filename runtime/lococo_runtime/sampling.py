@@ -77,11 +77,11 @@ class SamplingParams:
             object.__setattr__(self, name, value)
         if not isinstance(self.ignore_eos, (bool, np.bool_)):
             raise InvalidArgumentError(f"ignore_eos: expected True or False, got {self.ignore_eos!r}")
-        _check_integer("max_tokens", self.max_tokens, 2**31 - 1)
-        _check_integer("seed", self.seed, 2**64 - 1)
-        _check_integer("top_k", self.top_k, 2**31 - 1)
+        check_integer("max_tokens", self.max_tokens, 2**31 - 1)
+        check_integer("seed", self.seed, 2**64 - 1)
+        check_integer("top_k", self.top_k, 2**31 - 1)
         if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, 2**31 - 1)
+            check_integer("logprobs", self.logprobs, 2**31 - 1)
         _check_number("temperature", self.temperature, low=0)
         _check_number("top_p", self.top_p, above=0, high=1)
         _check_number("min_p", self.min_p, low=0, high=1)
@@ -90,10 +90,10 @@ class SamplingParams:
         _check_number("presence_penalty", self.presence_penalty)
         _check_number("frequency_penalty", self.frequency_penalty)
         for token_id, bias in self.logit_bias.items():
-            _check_integer("logit_bias: token id", token_id, 2**31 - 1)
+            check_integer("logit_bias: token id", token_id, 2**31 - 1)
             _check_number(f"logit_bias[{token_id}]", bias)
         for token_id in self.stop_token_ids:
-            _check_integer("stop_token_ids", token_id, 2**31 - 1)
+            check_integer("stop_token_ids", token_id, 2**31 - 1)
         _check_stop(stop)
 
     def to_c(self) -> c.CSamplingParams:
@@ -199,7 +199,8 @@ def _copy_of(name: str, value: Any, kind: Callable[[Any], _T], expected: str) ->
         raise InvalidArgumentError(f"{name}: expected {expected}, got {value!r}") from e
 
 
-def _check_integer(name: str, value: object, high: int) -> None:
+def check_integer(name: str, value: object, high: int) -> None:
+    """Raises InvalidArgumentError unless `value` is an integer from 0 to `high`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise InvalidArgumentError(f"{name}: expected an integer, got {value!r}")
     if not 0 <= int(value) <= high:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from . import _c_api as c
 from ._exceptions import ClosedError, DeadSessionError, EmptyPromptError, InvalidArgumentError, TokenIdError
 from .bundle import Manifest, read_manifest
-from .sampling import SamplingParams, TokenLogprobs, or_default
+from .sampling import SamplingParams, TokenLogprobs, check_integer, or_default
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -75,20 +75,23 @@ class Model(_Handle):
         backend_library: str | os.PathLike[str] | None = None,
     ) -> None:
         self._handle = ctypes.c_void_p()
-        path = os.fspath(bundle)
-        self.manifest: Manifest = read_manifest(path)
-        found = None if backend_library is None else os.fspath(backend_library)
-        if found is None and backend == "onnxruntime":
-            found = c.find_onnxruntime()
+        path = c.encode_path(bundle)
+        for name, value in (("device", device), ("backend", backend)):
+            if not isinstance(value, str):
+                raise InvalidArgumentError(f"{name}: expected a string, got {value!r}")
+        check_integer("num_threads", num_threads, 2**31 - 1)
+        self.manifest: Manifest = read_manifest(bundle)
+        if backend_library is None and backend == "onnxruntime":
+            backend_library = c.find_onnxruntime()
         options = c.Options(
             ctypes.sizeof(c.Options),
             device.encode(),
             backend.encode(),
-            None if found is None else os.fsencode(found),
+            None if backend_library is None else c.encode_path(backend_library),
             num_threads,
             0 if verify else 1,
         )
-        c.call("lococo_model_open", os.fsencode(path), ctypes.byref(options), ctypes.byref(self._handle))
+        c.call("lococo_model_open", path, ctypes.byref(options), ctypes.byref(self._handle))
         info = c.ModelInfo(ctypes.sizeof(c.ModelInfo))
         c.call("lococo_model_get_info", self._handle, ctypes.byref(info))
         self.vocab_size: int = info.vocab_size
@@ -209,8 +212,7 @@ class Session(_Handle):
             TokenIdError: token_id outside the vocabulary.
             InvalidArgumentError: top out of range, or an empty session.
         """
-        if not 0 <= top <= self.model.vocab_size:
-            raise InvalidArgumentError(f"logprobs: expected 0 to {self.model.vocab_size}, got {top}")
+        check_integer("logprobs", top, self.model.vocab_size)
         logprob = ctypes.c_float()
         ids, values = (ctypes.c_int32 * top)(), (ctypes.c_float * top)()
         token = int(check_ids([token_id], self.model.vocab_size)[0])
@@ -376,12 +378,14 @@ class Session(_Handle):
         return buffer.raw
 
     def set_state(self, state: bytes) -> None:
-        """Continues from `state`. Raises as `load`."""
+        """Continues from `state`. Raises as `load`, and InvalidArgumentError where it is no bytes."""
+        if not isinstance(state, bytes):
+            raise InvalidArgumentError(f"state: expected bytes, got {type(state).__name__}")
         c.call("lococo_session_state_set", self._open(), state, len(state))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state file, whole or not at all. Raises StorageError, NoSpaceError."""
-        c.call("lococo_session_save", self._open(), os.fsencode(path))
+        c.call("lococo_session_save", self._open(), c.encode_path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continues from a state file; on an error the session is as it was.
@@ -392,7 +396,7 @@ class Session(_Handle):
             VersionError: another state schema.
             StateMismatchError: the state of another bundle.
         """
-        c.call("lococo_session_load", self._open(), os.fsencode(path))
+        c.call("lococo_session_load", self._open(), c.encode_path(path))
 
     # --- lifetime ----------------------------------------------------------------------------------------------------
 
