@@ -401,6 +401,13 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
+def test_figures_are_drawn_from_what_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    subprocess.run([sys.executable, ROOT / "scripts" / "plot_measured.py", tmp_path], check=True)
+    for name in ("cpu.svg", "quality.svg"):
+        assert "<svg" in (tmp_path / name).read_text(encoding="utf-8")
+
+
 def test_comments_say_what_fences_are() -> None:
     """No comment of this kind goes unread."""
     for page in PAGES:
