@@ -25,7 +25,11 @@ from bundles import EOS, export_text
 from lococo_runtime import LLM, Batch, CancelledError, SamplingParams, TokenIdError
 from lococo_server.batching import SharedSteps
 from lococo_server.metrics import Metrics
+from prometheus_client.parser import text_string_to_metric_families
 from test_llm import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import fuzz_http
 
 LETTERS = {str(i): 100 for i in range(64, 90)}  # byte tokens of ASCII characters: text that encodes as it was written
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -954,6 +958,45 @@ def test_packs(bundle: Path, llm: LLM, tmp_path: Path) -> None:
     ):
         with pytest.raises(RuntimeError, match=r"state|No such|not found|NAME=FILE|once"):
             Server(bundle, *options[:2], "--pack", wrong)
+
+
+# --- its own description ----------------------------------------------------------------------------------------------
+
+
+def test_the_description(server: Server, llm: LLM) -> None:
+    described = json.loads(server.request("GET", "/openapi.json")[2])
+    assert set(described["paths"]) == {
+        "/v1/models",
+        "/v1/models/{name}",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/health",
+        "/metrics",
+    }
+    chat = described["components"]["schemas"]["ChatRequest"]
+    assert chat["properties"]["model"]["enum"] == ["bundle"]
+    assert chat["additionalProperties"] is False
+    assert "422" not in json.dumps(described)
+
+
+def test_answers_keep_to_the_description(bundle: Path) -> None:
+    """schemathesis, briefly; `scripts/fuzz 600 http` is the long version."""
+    with serving(bundle, "--max-new-tokens", "8", "--sessions", "2") as server:
+        result = fuzz_http.schemathesis(f"http://127.0.0.1:{server.port}", "--max-examples=30", "--seed=1")
+        assert result.returncode == 0, result.stdout
+        for path in ("completions", "chat/completions"):
+            assert server.metric(f'lococo_responses_total{{path="/v1/{path}",status="200"}}') > 0
+        assert server.stop() == 0
+        assert not [line for line in server.lines if "Traceback" in line]
+
+
+def test_the_metrics_are_prometheus_s(server: Server) -> None:
+    status, headers, data = server.request("GET", "/metrics")
+    assert (status, headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    families = {family.name: family for family in text_string_to_metric_families(data.decode())}
+    assert {family.type for family in families.values()} == {"counter", "gauge", "histogram"}
+    assert all(family.documentation for family in families.values())
+    assert families["lococo_generated_tokens"].samples[0].name == "lococo_generated_tokens_total"
 
 
 # --- under load -----------------------------------------------------------------------------------------------------

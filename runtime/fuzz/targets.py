@@ -1,4 +1,4 @@
-"""Fuzz targets in Python: what reads lococo.json, engines.json and the files of fusion heads.
+"""Fuzz targets in Python: what reads lococo.json, engines.json, the files of fusion heads, and a server's requests.
 
 A target takes bytes. It may raise nothing but LococoError, which it catches: anything else is a finding, and so is a
 document that is accepted although it does not survive being written and read again. `python targets.py NAME
@@ -7,10 +7,14 @@ document that is accepted although it does not survive being written and read ag
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
+import logging
+import math
 import random
+import re
 import struct
 import sys
 import tempfile
@@ -23,14 +27,22 @@ MANIFEST = HERE.parent / "tests/data/lococo.json"
 if __name__ == "__main__":
     import atheris
 
-    guard: Any = atheris.instrument_imports(include=["lococo_runtime", "lococo_export", "lococo_engines", "json"])
+    packages = ["lococo_runtime", "lococo_export", "lococo_engines", "lococo_server", "json", "h11"]
+    guard: Any = atheris.instrument_imports(include=packages)
 else:
     guard = contextlib.nullcontext()
 with guard:
+    import h11
     from lococo_engines.metadata import Engines
-    from lococo_runtime import LococoError
+    from lococo_runtime import LLM, LococoError
     from lococo_runtime.bundle import Manifest, read_manifest
+    from lococo_server import Limits, create_app
+    from lococo_server.connection import Connection
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from uvicorn import Config
+    from uvicorn.server import ServerState
 
+    from lococo_export import export_bundle
     from lococo_export.checkpoints import HEADS_CONFIG_NAME, HEADS_NAME, load_checkpoint
 
 # a model of one layer: (name, shape) of its tensors, which are all zero
@@ -66,6 +78,15 @@ def safetensors_bytes(header: bytes, data: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
+def zeros(shapes: dict[str, list[int]]) -> bytes:
+    """A file of tensors."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    return safetensors_bytes(json.dumps(header).encode(), bytes(end))
+
+
 @functools.cache
 def directory() -> Path:
     """A folder that goes with the process, with the model in `model/` and an empty `bundle/`."""
@@ -76,11 +97,7 @@ def directory() -> Path:
     (root / "bundle").mkdir()
     (root / "model").mkdir()
     (root / "model/config.json").write_text(json.dumps(MODEL))
-    header, end = {}, 0
-    for name, shape in SHAPES.items():
-        start, end = end, end + 4 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    (root / "model/model.safetensors").write_bytes(safetensors_bytes(json.dumps(header).encode(), bytes(end)))
+    (root / "model/model.safetensors").write_bytes(zeros(SHAPES))
     return root
 
 
@@ -156,11 +173,133 @@ def python_engines(data: bytes) -> bool:
     return True
 
 
+def make_served_bundle(bundle: Path) -> None:
+    """A model of zeros that reads bytes and has a chat template."""
+    model = directory() / "bytes"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(MODEL | {"vocab_size": 260}))
+    (model / "model.safetensors").write_bytes(zeros({**SHAPES, "model.embed_tokens.weight": [260, 4]}))
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(model / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    export_bundle(load_checkpoint(model, policy="h2o", mem_size=4, block_size=4), bundle)
+
+
+class Server:
+    """lococo-serve without sockets."""
+
+    def __init__(self) -> None:
+        bundle = directory() / "served"
+        make_served_bundle(bundle)
+        limits = Limits(sessions=1, new_tokens=2, prompt_tokens=50, queue=8, keep=2)
+        self.app = create_app(LLM(bundle), limits=limits, model_name="m", allowed_hosts=["h"])
+        self.loop = asyncio.new_event_loop()
+        self.config = Config(self.app, log_config=None, lifespan="off", ws="none")
+        self.config.load()
+        logging.disable()
+
+
+@functools.cache
+def server() -> Server:
+    """One for all inputs, as they come to one server in life."""
+    return Server()
+
+
+def http_body(data: bytes) -> bool:
+    """The body of a request, sent to both paths that take one. Whatever it is, the answer is JSON or events."""
+
+    async def ask(path: str) -> tuple[int, bytes]:
+        sent: list[Any] = []
+        messages = [{"type": "http.request", "body": data, "more_body": False}]
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"host", b"h"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+        scope |= {"http_version": "1.1", "scheme": "http", "raw_path": path.encode(), "root_path": "", "state": {}}
+        await asyncio.wait_for(server().app(scope, receive, send), 10)
+        return sent[0]["status"], b"".join(message["body"] for message in sent[1:])
+
+    accepted = False
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        status, body = server().loop.run_until_complete(ask(path))
+        assert status < 500, (status, body)  # noqa: S101
+        events = body.removeprefix(b"data: ").removesuffix(b"\n\n").split(b"\n\ndata: ")
+        accepted |= status == 200
+        answers = [json.loads(event) for event in events if event != b"[DONE]"]
+        for answer in answers:
+            assert ("choices" in answer) != ("error" in answer), answer  # noqa: S101
+    return accepted
+
+
+class Wire(asyncio.Transport):
+    """What a connection writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        self.written += bytes(data)
+
+    def write_eof(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None:
+        pass
+
+    resume_reading = pause_reading
+
+
+def http_connection(data: bytes) -> bool:
+    """What comes over a connection, in two pieces; the first byte says where the second begins."""
+
+    async def connect() -> bytes:
+        state, wire = ServerState(), Wire()
+        connection = Connection(head_seconds=10, config=server().config, server_state=state, app_state={})
+        connection.connection_made(wire)
+        cut = 1 + (data[0] if data else 0)
+        for piece in (data[1:cut], data[cut:]):
+            if piece and not wire.closed:
+                connection.data_received(piece)
+            await asyncio.sleep(0)
+        while state.tasks and connection.conn.their_state is not h11.SEND_BODY:  # it is all there: it must be answered
+            await asyncio.wait_for(asyncio.gather(*state.tasks), 10)
+        connection.connection_lost(None)
+        if state.tasks:
+            await asyncio.wait_for(asyncio.gather(*state.tasks), 10)
+        return wire.written
+
+    written = server().loop.run_until_complete(connect())
+    client = h11.Connection(h11.CLIENT)
+    statuses = re.findall(rb"^HTTP/1.1 (\d+) ", written, re.MULTILINE)
+    assert all(status < b"500" or status == b"501" for status in statuses), written  # noqa: S101
+    assert client.receive_data(written) is None  # noqa: S101
+    return b"200" in statuses
+
+
 TARGETS: dict[str, Callable[[bytes], bool]] = {
     "heads": heads,
     "model_config": model_config,
     "python_manifest": python_manifest,
     "python_engines": python_engines,
+    "http_body": http_body,
+    "http_connection": http_connection,
 }
 
 

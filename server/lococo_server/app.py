@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
 from lococo_runtime import (
     LLM,
     CompletionChunk,
@@ -28,9 +29,11 @@ from lococo_runtime import (
 )
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import answers
 from .engine import Engine, Lifetime, Limits, Work
 from .errors import ApiError, ClientGoneError, from_exception, from_validation
 from .metrics import Metrics
@@ -39,6 +42,7 @@ from .snapshots import Pack
 
 log = logging.getLogger("lococo_server")
 
+_COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 _DISCARDED_BYTES = 64 << 20  # of a body that is too large: a client that is still sending reads no answer
 _POLICY = (
     "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -85,7 +89,14 @@ def create_app(
         await engine.close()
 
     # the usual documentation pages load scripts from elsewhere
-    app = FastAPI(title="lococo-serve", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="lococo-serve",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses={status: {"model": answers.Error, "description": "An error"} for status in ("4XX", "5XX")},
+    )
     app.add_middleware(_Gate, limits=limits, api_key=api_key, allowed_hosts=allowed_hosts, metrics=metrics)
 
     @app.exception_handler(RequestValidationError)
@@ -129,11 +140,11 @@ def create_app(
             message = f"{param}: expected at most {limits.prompt_tokens} tokens, got {len(ids)}"
             raise ApiError(400, message, param=param, code="context_length_exceeded")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=answers.ModelList)
     async def list_models() -> Json:
         return {"object": "list", "data": [card(*each) for each in models.items()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=answers.ModelCard)
     async def model(name: str) -> Json:
         return card(name, find(name))
 
@@ -149,7 +160,7 @@ def create_app(
         each = [dataclasses.replace(params, seed=(params.seed + i) % 2**64) for i in range(n)]
         return [Work(ids, one, grammar, **more) for ids in prompts for one in each]
 
-    @app.post("/v1/completions")
+    @app.post(_COMPLETIONS, responses=_streamed(answers.Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         pack = find(body.model)
         params = body.params(limits.new_tokens)
@@ -166,7 +177,7 @@ def create_app(
             echoes = [text for text in texts for _ in range(body.n)]
         return await _respond(engine, todo, CompletionAnswer(llm, body, params, len(todo), echoes), body, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post(_CHAT, responses=_streamed(answers.ChatCompletion))
     async def chat(body: ChatRequest, request: Request) -> Response:
         pack = find(body.model)
         params = body.params(limits.new_tokens)
@@ -186,13 +197,33 @@ def create_app(
         todo = works([ids], body.n, params, grammar, pack=pack, text=text if body.cache_prompt else None)
         return await _respond(engine, todo, ChatAnswer(llm, body, params, len(todo)), body, request)
 
-    @app.get("/health")
+    @app.get("/health", response_model=answers.Health)
     async def health() -> Json:
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    describe = app.openapi
+
+    def describe_this_server() -> Json:
+        schema = describe()
+        for request in ("CompletionRequest", "ChatRequest"):
+            fields = schema["components"]["schemas"][request]["properties"]
+            fields["model"]["enum"] = list(models)
+            for name in {"max_tokens", "max_completion_tokens"} & fields.keys():
+                fields[name]["maximum"] = limits.new_tokens
+            for ids in _find(fields, "format", "token-id"):
+                ids["exclusiveMaximum"] = llm.model.vocab_size
+        if api_key is not None:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, methods in schema["paths"].items():
+                for operation in methods.values() if path.startswith("/v1/") else ():
+                    operation["security"] = [{"key": []}]
+        return schema
+
+    app.openapi = describe_this_server  # type: ignore[method-assign]  # FastAPI's documentation does so
 
     page = resources.files(__package__).joinpath("chat.html").read_bytes()
 
@@ -201,6 +232,19 @@ def create_app(
         return Response(page, media_type="text/html", headers={"Content-Security-Policy": _POLICY})
 
     return app
+
+
+def _find(tree: Any, key: str, value: str) -> list[Json]:
+    """The objects in a JSON value where `key` is `value`."""
+    inner = list(tree.values()) if isinstance(tree, dict) else tree if isinstance(tree, list) else []
+    found = [tree] if isinstance(tree, dict) and tree.get(key) == value else []
+    return found + [each for part in inner for each in _find(part, key, value)]
+
+
+def _streamed(model: type[BaseModel]) -> dict[int | str, Json]:
+    """Of an answer that can be a stream."""
+    events = {"schema": {"type": "string", "description": "server-sent events: chunks as JSON, then [DONE]"}}
+    return {200: {"model": model, "content": {"text/event-stream": events}}}
 
 
 _Chunks = AsyncGenerator[tuple[int, CompletionChunk], None]
@@ -328,7 +372,8 @@ class _Gate:
             self._check_host(headers.get("host"))
             if path.startswith("/v1/"):
                 self._check_key(headers.get("authorization", ""))
-            body = await self._read(headers, receive) if scope["method"] == "POST" else b""
+            takes_body = scope["method"] == "POST" and path in (_COMPLETIONS, _CHAT)
+            body = await self._read(headers, receive) if takes_body else b""
             await self._app(scope, _replay(body, receive), counted)
         except ClientGoneError:
             log.debug("a client went away while it sent its body")

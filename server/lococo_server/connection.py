@@ -78,6 +78,9 @@ class Connection(H11Protocol):
         """Answers, unless an answer has begun, and closes."""
         self._refused = True
         self._stop_watching()
+        if self.cycle is not None and not self.cycle.response_complete:  # who still waits for its body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             response = error.response()
             headers = [*response.raw_headers, (b"connection", b"close")]

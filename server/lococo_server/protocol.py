@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from lococo_runtime import LLM, CompletionChunk, CompletionOutput, Grammar, SamplingParams, TokenLogprobs
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from .errors import ApiError
 
 Json = dict[str, Any]
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"format": "token-id"})]
 
 
 class _Model(BaseModel):
@@ -25,6 +28,16 @@ class _Model(BaseModel):
     @classmethod
     def _without_nulls(cls, data: Any) -> Any:
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Describes that nulls are allowed."""
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        for name, field in schema["properties"].items():
+            if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+                schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        return reference
 
 
 class TextPart(_Model):
@@ -103,7 +116,7 @@ class _Request(_Model):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     typical_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
-    stop_token_ids: list[NonNegative] = []
+    stop_token_ids: list[TokenId] = []
     ignore_eos: bool = False
 
     def _params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
@@ -142,7 +155,7 @@ def _allowed(max_tokens: int, limit: int, name: str) -> int:
 class CompletionRequest(_Request):
     """The body of /v1/completions. A prompt is a text or token ids, or a list of such."""
 
-    prompt: str | list[NonNegative] | list[str] | list[list[NonNegative]]
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
     max_tokens: NonNegative = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
