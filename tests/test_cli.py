@@ -87,6 +87,10 @@ def test_run_continues_a_prompt_and_a_file(
     assert run_main(common) == 1
     assert "--prompt" in capsys.readouterr().err
     assert run_main([*common, "--file", str(tmp_path / "missing.txt")]) == 1
+    assert run_main([*common, "--file", str(tmp_path)]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+    assert run_main([str(tmp_path / "nowhere"), "--prompt", "x"]) == 1
+    assert "expected a bundle directory" in capsys.readouterr().err
 
 
 def test_run_makes_a_memory_pack_and_goes_on_from_it(
@@ -169,9 +173,9 @@ def test_streaming_never_splits_a_character() -> None:
     assert all("�" not in piece for piece in pieces)
 
 
-def test_llm_needs_a_tokenizer(bundle: Path, tmp_path: Path) -> None:
+def test_llm_needs_a_tokenizer(cpu: Backend) -> None:
     with pytest.raises(NotFoundError, match=r"tokenizer\.json"):
-        LLM(tmp_path)
+        LLM(cpu.bundle("session"))
 
 
 @pytest.fixture
@@ -231,6 +235,23 @@ def test_run_writes_what_it_is_told_to(bundle: Path, tmp_path: Path, capsys: pyt
     ):
         assert run_main([*common, *wrong]) == 1
         assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reader", ["head", "full disk"])
+def test_a_stdout_that_takes_no_more(cpu: Backend, reader: str) -> None:
+    script = "import sys; from lococo_runtime.cli import run_main; sys.exit(run_main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, str(cpu.bundle("text")), "--prompt", "x", "--temperature", "1"]
+    with Path("/dev/full").open("w") as full:
+        stdout = full if reader == "full disk" else subprocess.PIPE
+        with subprocess.Popen([*command, "--max-tokens", "30000"], stdout=stdout, stderr=subprocess.PIPE) as process:
+            assert process.stderr
+            if process.stdout:
+                process.stdout.read(10)
+                process.stdout.close()
+            err = process.stderr.read().decode()
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert ("error: " in err) == (reader == "full disk")
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(chat_command: list[str]) -> None:

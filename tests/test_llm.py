@@ -401,6 +401,18 @@ def test_a_stream_that_is_left_gives_its_session_back(llm: LLM) -> None:
     assert not completion_module._claimed
 
 
+def test_a_session_that_is_closed_in_the_middle_of_a_stream(llm: LLM) -> None:
+    session = llm.model.session()
+    stream = llm.generate_stream("Hello", params(), session=session)
+    next(stream)
+    session.close()
+    stream.cancel()
+    stream.close()
+    assert stream.output.finish_reason == "cancelled"
+    assert stream.read_ids is None
+    assert not completion_module._claimed
+
+
 def test_a_stream_is_one_threads(llm: LLM) -> None:
     stream = llm.generate_stream([7] * 200_000, params())
     thread = threading.Thread(target=lambda: next(stream, None))

@@ -22,14 +22,21 @@ from .sampling import SamplingParams
 
 
 def guarded(main: Callable[[], int]) -> int:
-    """Runs a command; an error of ours becomes one line on stderr and exit code 1, Ctrl-C becomes 130."""
+    """Runs a command; an error of ours becomes one line on stderr and exit code 1, Ctrl-C becomes 130.
+
+    So does an error of stdout, and a reader that has gone away (`| head`) ends the command without a word.
+    """
     try:
         return main()
     except LococoError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed at exit
+        if not isinstance(e, BrokenPipeError):
+            print(f"error: {e}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
+    return 1
 
 
 def backend_of(device: str) -> str:
@@ -43,11 +50,13 @@ def show_step(step: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises NotFoundError, InvalidArgumentError."""
+    """The text of a UTF-8 file. Raises NotFoundError, StorageError, InvalidArgumentError."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
         raise NotFoundError(f"{path}: not found") from e
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be read: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
         raise InvalidArgumentError(f"{path}: expected UTF-8 text: {e}") from e
 
@@ -183,7 +192,7 @@ def _write(stream: CompletionStream) -> int:
     main_thread = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
     before = signal.signal(signal.SIGINT, lambda *_: stream.cancel()) if main_thread else None
     try:
-        with ThreadPoolExecutor(1) as worker:  # a signal is not handled within a call of the C library
+        with stream, ThreadPoolExecutor(1) as worker:  # a signal is not handled within a call of the C library
             worker.submit(write).result()
     finally:
         if main_thread:

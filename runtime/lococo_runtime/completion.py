@@ -236,7 +236,8 @@ class CompletionStream:
         with self._cancelling:
             self._cancelled = True
             if self._session is not None:
-                self._session.cancel()
+                with contextlib.suppress(ClosedError):  # by its owner, in the middle
+                    self._session.cancel()
 
     def close(self) -> None:
         """Cancels it, if it has not ended, and waits for that."""
@@ -330,10 +331,12 @@ class CompletionStream:
         with self._cancelling:
             session, self._session = self._session, None
             if session is not None and self._cancelled:
-                session.cancel(False)
+                with contextlib.suppress(ClosedError):
+                    session.cancel(False)
         if session is not None and not failed:
-            num_read = session.position - self._start_position
-            self.read_ids = [*self.prompt_ids, *self._builder.token_ids][:num_read]
+            with contextlib.suppress(ClosedError):  # then what it had read is unknown
+                num_read = session.position - self._start_position
+                self.read_ids = [*self.prompt_ids, *self._builder.token_ids][:num_read]
         try:
             if session is not None and self._on_end is not None:
                 self._on_end(self)

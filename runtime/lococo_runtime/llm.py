@@ -15,6 +15,7 @@ import numpy as np
 from ._chat_template import ChatTemplate, Message
 from ._detokenizer import Detokenizer
 from ._exceptions import CorruptError, EmptyPromptError, InvalidArgumentError, NotFoundError, TokenIdError
+from .bundle import read_manifest
 from .completion import AsyncCompletionStream, CompletionBuilder, CompletionOutput, CompletionStream, Step
 from .grammar import Grammar, GrammarCompiler
 from .sampling import SamplingParams, or_default
@@ -70,6 +71,7 @@ class LLM:
     """
 
     def __init__(self, bundle: str | os.PathLike[str], **options: Any) -> None:
+        read_manifest(bundle)  # where the path is wrong, that is what to say
         self.tokenizer = load_tokenizer(bundle)
         self.detokenizer = Detokenizer(self.tokenizer)
         self.chat_template = ChatTemplate.from_bundle(Path(bundle))
