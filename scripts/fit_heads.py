@@ -5,14 +5,17 @@
 A plan has a table of settings of lococo-fit for all jobs, and jobs: `[[job]] name, seconds, stages = [{...}, ...]`.
 Each stage fits with its settings from the heads of the stage before, for its `steps`, or else for its share of the
 seconds: then steps are counted from a measurement before it, and what came out can be repeated with that number. A job
-without stages measures the baselines. Every figure is written to the folder of --out as soon as it is there: to a JSON
-file named after the job, and the heads to a folder of that name.
+with a list `sweep` measures selections without fusion, on documents of the training part, so that the choice among them
+has not seen the held-out ones. A job with neither measures the baselines. Every figure is written to the folder of
+--out as soon as it is there: to a JSON file named after the job, and the heads to a folder of that name. Jobs use the
+device one after the other; with --parallel 2 the next one loads meanwhile. --share lets them use it at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import gc
 import json
 import os
@@ -72,15 +75,33 @@ class Record:
         os.replace(part, self.path)
 
 
-class Measure:
-    """The same held-out windows and prompts for every policy."""
+def kind_of(name: str) -> str:
+    """Of a training document; "recall" are novels with facts strewn in, which no held-out text has."""
+    return "code" if name.endswith(".py") else "recall" if name.startswith("recall_") else "prose"
 
-    def __init__(self, model: ReferenceModel, args: argparse.Namespace, record: Record) -> None:
+
+class Measure:
+    """The same windows and prompts for every policy.
+
+    Args:
+        validation: windows of the training part instead of held-out ones, each of another document.
+    """
+
+    def __init__(
+        self, model: ReferenceModel, args: argparse.Namespace, record: Record, *, validation: bool = False
+    ) -> None:
         self.model, self.args, self.record = model, args, record
         self.ids, self.documents = {}, {}
         for kind in KINDS:
-            corpus = self._corpus(args.corpus / "held_out" / kind)
-            windows = choose_windows(corpus, args.context, args.windows)
+            if validation:
+                corpus = self._corpus(args.corpus / "train")
+                long = np.diff(corpus.offsets) >= 2 * args.context
+                wanted = [d for d, name in enumerate(corpus.names) if long[d] and kind_of(name) == kind]
+                documents = wanted[:: max(1, len(wanted) // args.windows)][: args.windows]
+                windows = [(d, int(corpus.offsets[d]) + args.context) for d in documents]
+            else:
+                corpus = self._corpus(args.corpus / "held_out" / kind)
+                windows = choose_windows(corpus, args.context, args.windows)
             self.ids[kind] = corpus.read(windows, args.context)
             self.documents[kind] = [corpus.names[d] for d, _ in windows]
 
@@ -105,6 +126,17 @@ class Measure:
         self.record.add("perplexity", rows)
         self.record.add("seconds", [{"what": f"{policy.name} {policy.mem_size} {regime}", "seconds": seconds}])
 
+    def long(self, policy: Policy, block: int, tokens: int, job: str) -> None:
+        """Perplexity of every 4,096 tokens of a long stretch of prose."""
+        corpus = self._corpus(self.args.corpus / "held_out" / "prose")
+        windows = choose_windows(corpus, tokens, 4)
+        nll = window_nll(self.model, policy, corpus.read(windows, tokens), block_size=block, batch=len(windows))
+        found = [float(np.exp(nll[:, a : a + 4096].mean())) for a in range(0, tokens, 4096)]
+        row = {"job": job, "policy": policy.name, "mem_size": policy.mem_size, "tokens": tokens,
+               "windows": len(windows), "perplexity": found}  # fmt: skip
+        self.record.add("long", [row])
+        print(f"{job} {policy.name} M={policy.mem_size} long: {' '.join(f'{x:.2f}' for x in found)}", flush=True)
+
     def passkey(self, policy: Policy, block: int, context: int, job: str) -> None:
         tokenizer = load_tokenizer(Path(self.args.model))
         prompts = passkey_prompts(tokenizer, context, [0.0, 0.25, 0.5, 0.75, 1.0], self.args.trials, 0)
@@ -122,6 +154,8 @@ class Measure:
         pieces += [(f"passkey {c}", lambda c=c: self.passkey(policy, block, c, job)) for c in a.passkey]
         if policy.capacity is not None:
             pieces.append(("step", lambda: self.perplexity(policy, block, "step", step_contexts, job)))
+        if a.long and policy.capacity is not None:
+            pieces.append(("long", lambda: self.long(policy, block, a.long, job)))
         for name, piece in pieces:
             if self.record.left() < 5:
                 self.record.add("left_out", [f"{policy.name} {policy.mem_size} {name}"])
@@ -225,11 +259,58 @@ def speed(common: dict[str, Any], args: argparse.Namespace, job: dict[str, Any],
         del run
 
 
+def plain_model(args: argparse.Namespace) -> ReferenceModel:
+    base = load_checkpoint(str(args.model), policy="h2o", mem_size=256, block_size=512, buffer=16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ReferenceModel(base, torch.bfloat16 if device == "cuda" else torch.float32, device)
+
+
+def sweep(args: argparse.Namespace, job: dict[str, Any], record: Record) -> None:
+    """Selections without fusion, and the baselines, in both regimes."""
+    model = plain_model(args)
+    block = job.get("block_size", 512)
+    context = min(job.get("context", 4096), args.context)
+    measure = Measure(model, args, record, validation=True)
+    deadline = time.time() + job["seconds"]
+    policies: list[Policy] = [FullCache()]
+    for m in job["mem_sizes"]:
+        policies += [Fusion(LococoConfig.h2o(m, block)), Streaming(model, m)]
+        for variant in job["sweep"]:
+            local = round(variant["local_share"] * m)
+            policies.append(Unfused(dataclasses.replace(
+                LococoConfig.h2o(m, block), local_len=local, score_decay=variant["score_decay"],
+                decay_per=variant.get("decay_per", "token"),
+            )))  # fmt: skip
+    if torch.cuda.is_available():  # replayed forwards of decoding equal launched ones
+        for policy in policies[1:3]:
+            ids = measure.ids["prose"][:2, : block + 600]
+            both = [window_nll(model, policy, ids, block_size=block, step_from=block, graphs=g) for g in (False, True)]
+            off = float(np.abs(both[0] - both[1]).max())
+            record.add("graphs", [{"policy": policy.name, "largest_difference": off}])
+            print(f"graphs {policy.name}: differ by at most {off:.2e} nats", flush=True)
+    for policy in policies:
+        if time.time() > deadline:
+            record.add("left_out", [f"{policy.name} {policy.mem_size}"])
+            continue
+        measure.perplexity(policy, block, "block", [context], job["name"])
+        if policy.capacity is not None:
+            measure.perplexity(policy, block, "step", [context], job["name"])
+    measure = Measure(model, args, record)
+    for variant in job.get("long", []):
+        policy = Unfused(dataclasses.replace(LococoConfig.h2o(job["mem_sizes"][0], block), **variant))
+        measure.long(policy, block, args.long, job["name"])
+    record.add("done", True)
+
+
 def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
     """One job, in its own process."""
     job = next(j for j in plan["job"] if j["name"] == args.job)
     record = Record(args.out / f"{args.job}.json", args.deadline)
     record.add("job", job)
+    lock = (args.out / "device.lock").open("w")
+    if not args.share:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the process ends
+        print(f"== {args.job}: has the device, {record.left():.0f} s left", flush=True)
     if torch.cuda.is_available():
         record.add("device", torch.cuda.get_device_name())
     else:
@@ -238,17 +319,19 @@ def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
     if "speed" in job:
         speed(common, args, job, record)
         return
+    if "sweep" in job:
+        sweep(args, job, record)
+        return
     if "stages" in job:
         run = fit(job, common, args, record)
         torch.cuda.empty_cache()
+        record.add("normalizers", [float(torch.as_tensor(h.normalizer).detach()) for h in run.losses.policy.heads])
         cache = run.settings.cache
         model, policies = run.model, []
         policies.append((Fusion(cache, load_heads(args.out / "stages", job, model)), cache.block_size))
     else:
         policies = []
-        base = load_checkpoint(str(args.model), policy="h2o", mem_size=256, block_size=512, buffer=16)
-        model = ReferenceModel(base, torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-                               "cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
+        model = plain_model(args)
         for block in job["block_sizes"]:
             policies.append((FullCache(), block))
             for m in job["mem_sizes"]:
@@ -259,10 +342,16 @@ def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
     measure = Measure(model, args, record)
     for policy, block in policies:
         measure.all(policy, block, args.job)
-    if "stages" in job and run.settings.tune:  # what the tuned model is worth without fusion
-        for policy in (FullCache(), Fusion(LococoConfig.h2o(cache.mem_size, cache.block_size))):
-            if record.left() > 5:
-                measure.perplexity(policy, cache.block_size, "block", [2048, 4096], args.job)
+    if "stages" in job and run.tuned.masters:  # what the tuned model is worth without fusion
+        unfused = dataclasses.replace(
+            LococoConfig.h2o(cache.mem_size, cache.block_size), local_len=cache.local_len,
+            score_decay=cache.score_decay, decay_per=cache.decay_per,
+        )  # fmt: skip
+        for policy in (FullCache(), Fusion(LococoConfig.h2o(cache.mem_size, cache.block_size)), Unfused(unfused)):
+            for regime in ("block", "step") if policy.capacity else ("block",):
+                if record.left() > 5:
+                    contexts = [c for c in (2048, 4096) if c <= args.context] or [args.context]
+                    measure.perplexity(policy, cache.block_size, regime, contexts, args.job)
     record.add("done", True)
 
 
@@ -288,10 +377,12 @@ def main() -> None:
     add("--corpus", type=Path, required=True, help="folder with train/ and held_out/{prose,code}")
     add("--out", type=Path, required=True)
     add("--budget-seconds", type=float, default=480)
-    add("--parallel", type=int, default=3, help="jobs at once")
+    add("--parallel", type=int, default=2, help="jobs loaded at once")
+    add("--share", action="store_true", help="jobs use the device at once: each is 3 to 5 times as slow")
     add("--jobs", nargs="*", help="only these")
     add("--context", type=int, default=8192, help="tokens of held-out windows")
-    add("--step-context", type=int, default=4096, help="tokens of them read one by one")
+    add("--step-context", type=int, default=8192, help="tokens of them read one by one")
+    add("--long", type=int, default=0, help="tokens of prose to read in one go; 0: none")
     add("--windows", type=int, default=8, help="of either kind of text")
     add("--eval-batch", type=int, default=16)
     add("--passkey", type=int, nargs="*", default=[2048, 4096])

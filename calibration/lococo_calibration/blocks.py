@@ -134,8 +134,8 @@ class Policy(Protocol):
         """How scores of earlier forwards fade."""
         ...
 
-    def compress(self, layer: int, slots: Slots, position: int) -> Slots:
-        """Exactly `mem_size` columns; `position` tokens have been read."""
+    def compress(self, layer: int, slots: Slots, position: int | Tensor) -> Slots:
+        """Exactly `mem_size` columns; `position` tokens (a number, or (1,)) have been read."""
         ...
 
 
@@ -148,7 +148,7 @@ class FullCache:
     capacity: int | None = None
     decay: ScoreDecay = ScoreDecay()
 
-    def compress(self, layer: int, slots: Slots, position: int) -> Slots:
+    def compress(self, layer: int, slots: Slots, position: int | Tensor) -> Slots:
         return slots
 
 
@@ -179,7 +179,7 @@ class Fusion:
     def decay(self) -> ScoreDecay:
         return ScoreDecay(self.cache.score_decay, self.cache.decay_per == "token")
 
-    def compress(self, layer: int, slots: Slots, position: int) -> Slots:
+    def compress(self, layer: int, slots: Slots, position: int | Tensor) -> Slots:
         return self.compress_layers(self.heads[layer : layer + 1], slots)
 
     def compress_layers(self, heads: Sequence[FusionHead], slots: Slots) -> Slots:
@@ -197,7 +197,8 @@ class Fusion:
             ]
             z = torch.cat(logits)  # (layers * B, K, mc, N)
             mixing = z.softmax(-1)
-            normalizers = torch.stack([torch.as_tensor(h.normalizer, device=z.device) for h in heads])
+            numbers = [h.normalizer for h in heads]  # a graph being captured cannot copy from the host, but it can fill
+            normalizers = torch.stack([x if isinstance(x, Tensor) else torch.full((), x, device=z.device) for x in numbers])
             n = normalizers.repeat_interleave(len(z) // len(heads))[:, None, None, None]
             rest[2] = rest[2][..., None]  # (layers * B, K, N, 1) float32
             for i, (x, w) in enumerate(zip(rest, (mixing, mixing, mixing.detach().float()), strict=True)):
@@ -236,7 +237,7 @@ class Streaming:
     def capacity(self) -> int | None:
         return self.mem_size + self.buffer
 
-    def compress(self, layer: int, slots: Slots, position: int) -> Slots:
+    def compress(self, layer: int, slots: Slots, position: int | Tensor) -> Slots:
         first = slots.key[:, :, : self.num_sinks] if slots.sinks is None else slots.sinks
         # the next token is `mem_size` columns from the first sink, and stands at `position`
         angles = (position - self.mem_size) * self.model.inv_freq  # (d/2,) float64
@@ -314,14 +315,18 @@ class BlockReader:
     def __init__(self, model: ReferenceModel, policy: Policy, *, checkpointing: bool = False) -> None:
         self.model, self.policy, self.checkpointing = model, policy, checkpointing
         self.slots: list[Slots] = []
-        self.position = 0
+        self.position: int | Tensor = 0
+        """Tokens read; on the device, (1,), where a CUDA graph counts them."""
 
     def read(self, ids: Tensor, forward: Forward) -> Tensor:
         """Reads ids (B, n), the tokens of `forward`: hidden states (B, n, hidden), after the final norm."""
         model, decay = self.model, self.policy.decay
         visible = visible_columns(forward, ids.device)
         weight = decay.query_weights(forward, ids.device)
-        cos, sin = model.rotary(torch.full((1,), self.position, device=ids.device), ids.shape[1])
+        position = self.position
+        if isinstance(position, int):
+            position = torch.full((1,), position, device=ids.device)
+        cos, sin = model.rotary(position, ids.shape[1])
         x = model.model.embed_tokens(ids)
         g = model.geometry
         empty = x.new_zeros(len(ids), g.num_kv_heads, 0, g.head_dim)
@@ -336,7 +341,7 @@ class BlockReader:
                 x, keys, values, received = read_layer(*inputs)
             after.append(append(old, keys, values, received, forward, decay))
         self.slots = after
-        self.position += ids.shape[1]
+        self.position = self.position + ids.shape[1]
         hidden: Tensor = model.model.norm(x)
         return hidden
 

@@ -7,6 +7,7 @@ with c/2 to c - 1 tokens before them, so that a line over c shows what longer co
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lococo_export.reference import ReferenceModel
 
-from .blocks import BlockReader, Forward, Policy, plan_forwards
+from .blocks import BlockReader, Forward, Policy, Slots, plan_forwards
 from .data import Corpus, Window
 
 Progress = Callable[[int, int], None]
@@ -83,24 +84,92 @@ def window_nll(
     step_from: int | None = None,
     batch: int = 8,
     progress: Progress | None = None,
+    graphs: bool | None = None,
 ) -> npt.NDArray[np.float32]:
     """Negative log-likelihood in nats of every token but the first of windows (N, T): (N, T - 1).
 
     Args:
         step_from: tokens from here on are read one by one, as decoding does; None reads blocks to the end.
+        graphs: replay the forwards of decoding, which are many, small and alike, as a CUDA graph; None does so on a GPU.
     """
     parts = []
+    graphs = model.device.type == "cuda" if graphs is None else graphs
+    plan = plan_forwards(windows.shape[1], block_size, policy.capacity, policy.mem_size, step_from)
     with torch.inference_mode():
         for first in range(0, len(windows), batch):
             ids = torch.from_numpy(windows[first : first + batch]).to(model.device)
+            reader = BlockReader(model, policy)
+            graph: _GraphedForward | None = None
             columns = []
-            for forward, hidden in read_forwards(model, policy, ids, block_size, step_from):
-                targets = ids[:, forward.start + 1 : forward.stop + 1]
-                columns.append(token_nll(model, hidden[:, : targets.shape[1]], targets))
+            for before, forward in itertools.pairwise([None, *plan]):
+                part, targets = (ids[:, forward.start + i : forward.stop + i] for i in (0, 1))
+                if graph is None and graphs and before and _GraphedForward.suits(before, forward):
+                    graph = _GraphedForward(reader, forward, part)
+                if graph and targets.shape == part.shape and _GraphedForward.suits(graph.forward, forward):
+                    columns.append(graph.read(part, targets))
+                else:
+                    if graph:
+                        graph.leave()
+                        graph = None
+                    hidden = reader.read(part, forward)
+                    columns.append(token_nll(model, hidden[:, : targets.shape[1]], targets))
+                    if forward.fuses and forward is not plan[-1]:
+                        reader.compress()
                 if progress:
                     progress(first * ids.shape[1] + len(ids) * forward.stop, windows.size)
             parts.append(torch.cat(columns, 1).cpu().numpy())
     return np.concatenate(parts)
+
+
+class _GraphedForward:
+    """A forward of decoding with the fusion that ends it, captured once and replayed on the next tokens.
+
+    Args:
+        reader: has read a forward like this one, and stands before it; its caches are copied.
+        ids: (B, n), tokens of this forward.
+    """
+
+    def __init__(self, reader: BlockReader, forward: Forward, ids: Tensor) -> None:
+        self.forward, self._reader = forward, reader
+        self._ids, self._targets = ids.clone(), ids.clone()
+        self._position = torch.full((1,), int(reader.position), device=ids.device)
+        self._slots = [
+            Slots(s.key.clone(), s.value.clone(), s.scores.clone(), None if s.sinks is None else s.sinks.clone())
+            for s in reader.slots
+        ]
+        # the forward before has warmed up the libraries; capturing computes nothing
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._nll = self._compute()
+
+    def _compute(self) -> Tensor:
+        reader = BlockReader(self._reader.model, self._reader.policy)
+        reader.slots, reader.position = list(self._slots), self._position
+        nll = token_nll(reader.model, reader.read(self._ids, self.forward), self._targets)
+        reader.compress()
+        for mine, new in zip(self._slots, reader.slots, strict=True):
+            mine.key.copy_(new.key)
+            mine.value.copy_(new.value)
+            mine.scores.copy_(new.scores)
+        self._position += self._ids.shape[1]
+        return nll
+
+    @staticmethod
+    def suits(one: Forward, other: Forward) -> bool:
+        """Both are forwards of decoding of one shape, and a fusion follows."""
+        shapes = [(f.stop - f.start, f.past, f.stepwise, f.fuses) for f in (one, other)]
+        return shapes[0] == shapes[1] and one.stepwise and one.fuses
+
+    def read(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood (B, n) of targets (B, n), which follow ids (B, n)."""
+        self._ids.copy_(ids)
+        self._targets.copy_(targets)
+        self._graph.replay()
+        return self._nll.clone()
+
+    def leave(self) -> None:
+        """The caches as they are now, back to the reader."""
+        self._reader.slots, self._reader.position = self._slots, int(self._position)
 
 
 def token_nll(model: ReferenceModel, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class Fit:
         self.tuned = TunedWeights(self.model, settings.tune, settings.lora, settings.lora_alpha)
         teacher = ReferenceModel(base, DTYPES[name], device) if self.tuned.masters and settings.distill_weight else None
         self.losses = Losses(self.model, self.heads, settings, teacher)
-        self._graph: GraphedBatch | None = None
+        self._graphs: dict[str, GraphedBatch] = {}  # by regime
         self._board: Any = None
         if settings.fusion_activation == "none":
             # it cancels in the softmax: its gradient is rounding, which Adam would blow up to full steps
@@ -155,17 +155,18 @@ class Fit:
         """The losses of a step, their gradients in the heads."""
         s = self.settings
         plan = training_plan(s, step)
-        graphed = s.cuda_graphs and plan.regime == "block" and self.model.device.type == "cuda"
-        if graphed and self._graph is None:
-            self._graph = GraphedBatch(self.losses, plan, self.ids(self.windows[:1] * s.batch), 1 / s.accumulate)
+        always_alike = plan.regime == "block" or s.decode_blocks
+        if s.cuda_graphs and always_alike and self.model.device.type == "cuda" and plan.regime not in self._graphs:
+            ids = self.ids(self.windows[:1] * s.batch)
+            self._graphs[plan.regime] = GraphedBatch(self.losses, plan, ids, 1 / s.accumulate)
         self.optimizer.zero_grad(set_to_none=not s.cuda_graphs)  # a graph writes where gradients were
         self.tuned.zero_grad()
         losses = self.losses.new()
         for i in range(s.accumulate):
             index = (step * s.accumulate + i) * self.workers.count + self.workers.rank
             ids = self.ids(batch_windows(self.windows, s.batch, index, s.seed))
-            if graphed and self._graph is not None:
-                self._graph.backward(ids, losses)
+            if plan.regime in self._graphs:
+                self._graphs[plan.regime].backward(ids, losses)
             else:
                 self.losses.backward(ids, plan, 1 / s.accumulate, losses)
         self.tuned.gather()

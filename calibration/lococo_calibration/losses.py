@@ -67,10 +67,11 @@ class Losses:
         s = self.settings
         ids = ids[:, : plan.tokens]
         target = None
-        if s.reconstruction_weight or s.distill_weight:
+        apart = self.teacher is not self.model
+        if s.reconstruction_weight or (s.distill_weight and not apart):
             target = self._uncompressed(ids, plan, share, into)
-            if s.distill_weight and self.teacher is not self.model:
-                target = read_uncompressed(self.teacher, ids)
+        if s.distill_weight and apart:
+            target = read_uncompressed(self.teacher, ids)
         if s.through_model:
             self._language(ids, plan, target if s.distill_weight else None, share, into)
 

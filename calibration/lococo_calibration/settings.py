@@ -58,6 +58,7 @@ class FitSettings:
     bptt: int = _option(2, "fusions that a gradient crosses")
     decode_share: float = _option(0.25, "share of steps that fit token-by-token decoding, the others fit blocks")
     decode_fusions: int = _option(8, "fusions of such a step")
+    decode_blocks: int = _option(0, "blocks that such a step reads before; 0: a random number")
 
     context: int = _option(4096, "tokens of a window")
     batch: int = _option(8, "windows read at once")
@@ -78,7 +79,7 @@ class FitSettings:
     dtype: str = _option("auto", "of model and cache: fp32, bf16; auto is bf16 on a GPU, else fp32")
     device: str = _option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one")
     layers_at_once: int = _option(10, "layers that reconstruction fits side by side: fewer need less memory")
-    cuda_graphs: bool = _option(False, "replay block steps as a CUDA graph: faster, where batches are small")
+    cuda_graphs: bool = _option(False, "replay steps as CUDA graphs, block steps and those of --decode-blocks: faster, where batches are small")
     checkpointing: bool = _option(False, "compute layers again in the backward pass (lm and distill losses)")
     heads_dtype: str = _option("fp32", "in which heads are saved: fp32, bf16, fp16")
     tensorboard: bool = _option(False, "write the log for TensorBoard too, to OUTPUT.fit/tensorboard")
@@ -108,7 +109,7 @@ class FitSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("reconstruction_weight", "lm_weight", "distill_weight", "lr", "normalizer_lr", "tune_lr", "warmup",
-                     "clip", "weight_decay", "eval_every", "seed", "init_std", "lora", "lora_alpha"):  # fmt: skip
+                     "clip", "weight_decay", "eval_every", "seed", "init_std", "lora", "lora_alpha", "decode_blocks"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         for name in ("decode_share", "held_out"):
@@ -221,7 +222,8 @@ def training_plan(settings: FitSettings, step: int) -> TrainingPlan:
         return TrainingPlan(plan_forwards(context, cache.block_size, cache.capacity, cache.mem_size), 0)
     needed = cache.capacity + 1 + settings.decode_fusions * (cache.buffer + 1)
     most = max(0, context - needed) // cache.block_size
-    start = int(rng.integers(min(1, most), most + 1)) * cache.block_size
+    blocks = min(settings.decode_blocks, most) or int(rng.integers(min(1, most), most + 1))
+    start = blocks * cache.block_size
     plan = plan_forwards(context, cache.block_size, cache.capacity, cache.mem_size, step_from=start)
     steps = [f for f in plan if f.stepwise][: settings.decode_fusions + 1]
     return TrainingPlan([f for f in plan if not f.stepwise] + steps, start)
