@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lococo_calibration import evaluate
 from lococo_calibration.blocks import (
     BlockReader,
     FullCache,
@@ -46,9 +48,13 @@ def windows() -> np.ndarray:
     return np.random.default_rng(0).integers(3, VOCAB, (3, CONTEXT))
 
 
-def with_heads(base: Checkpoint, cache: LococoConfig) -> ReferenceModel:
+def with_heads_of(base: Checkpoint, cache: LococoConfig) -> Checkpoint:
     heads = random_heads(base.geometry, cache) if cache.policy == "lococo" else ()
-    return ReferenceModel(dataclasses.replace(base, config=cache, heads=heads))
+    return dataclasses.replace(base, config=cache, heads=heads)
+
+
+def with_heads(base: Checkpoint, cache: LococoConfig) -> ReferenceModel:
+    return ReferenceModel(with_heads_of(base, cache))
 
 
 def policy_of(model: ReferenceModel) -> Fusion:
@@ -129,6 +135,49 @@ def test_nll_is_that_of_the_logits(base: Checkpoint, windows: np.ndarray) -> Non
     expected = -logits.log_softmax(-1)[:, :-1].gather(2, torch.from_numpy(windows)[:, 1:, None])[..., 0]
     nll = window_nll(model, policy_of(model), windows, block_size=8, batch=2)
     np.testing.assert_allclose(nll, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CACHES, "streaming"])
+def test_replayed_forwards_of_decoding_are_the_launched_ones(
+    base: Checkpoint, windows: np.ndarray, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a graph is stood in for by what it captured, computed anew at every replay."""
+    model = with_heads(base, CACHES.get(name, CACHES["h2o"]))
+    policy = policy_of(model) if name in CACHES else Streaming(model, 12, 4)
+    replays = []
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(self)
+            captured[self]._nll = compute(captured[self])
+
+    def capture(self: evaluate._GraphedForward) -> torch.Tensor:
+        captured[self._graph] = self
+        return self._ids
+
+    compute, captured = evaluate._GraphedForward._compute, {}
+    monkeypatch.setattr(evaluate._GraphedForward, "_compute", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    launched, replayed = (
+        window_nll(model, policy, windows, block_size=8, step_from=16, batch=2, graphs=g) for g in (False, True)
+    )
+    assert len(captured) == 2  # a graph a batch
+    assert len(replays) > 2
+    np.testing.assert_array_equal(replayed, launched)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["lococo", "h2o", "streaming"])
+def test_replays_on_a_gpu(base: Checkpoint, windows: np.ndarray, name: str) -> None:
+    cache = CACHES.get(name, CACHES["h2o"])
+    model = ReferenceModel(with_heads_of(base, cache), device="cuda")
+    policy = policy_of(model) if name in CACHES else Streaming(model, 12, 4)
+    launched, replayed = (
+        window_nll(model, policy, windows, block_size=8, step_from=16, graphs=g) for g in (False, True)
+    )
+    np.testing.assert_allclose(replayed, launched, atol=1e-5)
 
 
 def test_perplexity_counts_the_second_half_of_a_context() -> None:
@@ -365,3 +414,6 @@ def test_plans_of_decoding_fit_the_window() -> None:
     assert all(p.tokens <= CONTEXT and p.regime == "step" for p in plans)
     assert all(sum(p.trains(f) for f in p.forwards) == s.decode_fusions for p in plans)
     assert len({p.trains_from for p in plans}) > 1
+    plans = [training_plan(dataclasses.replace(s, decode_blocks=2), step) for step in range(20)]
+    assert all(p == plans[0] for p in plans)
+    assert plans[0].trains_from == 16

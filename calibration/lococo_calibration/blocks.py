@@ -198,7 +198,9 @@ class Fusion:
             z = torch.cat(logits)  # (layers * B, K, mc, N)
             mixing = z.softmax(-1)
             numbers = [h.normalizer for h in heads]  # a graph being captured cannot copy from the host, but it can fill
-            normalizers = torch.stack([x if isinstance(x, Tensor) else torch.full((), x, device=z.device) for x in numbers])
+            normalizers = torch.stack(
+                [x if isinstance(x, Tensor) else torch.full((), x, device=z.device) for x in numbers]
+            )
             n = normalizers.repeat_interleave(len(z) // len(heads))[:, None, None, None]
             rest[2] = rest[2][..., None]  # (layers * B, K, N, 1) float32
             for i, (x, w) in enumerate(zip(rest, (mixing, mixing, mixing.detach().float()), strict=True)):

@@ -90,7 +90,7 @@ def window_nll(
 
     Args:
         step_from: tokens from here on are read one by one, as decoding does; None reads blocks to the end.
-        graphs: replay the forwards of decoding, which are many, small and alike, as a CUDA graph; None does so on a GPU.
+        graphs: replay the forwards of decoding, which are many and alike, as a CUDA graph; None does on a GPU.
     """
     parts = []
     graphs = model.device.type == "cuda" if graphs is None else graphs
@@ -101,9 +101,9 @@ def window_nll(
             reader = BlockReader(model, policy)
             graph: _GraphedForward | None = None
             columns = []
-            for before, forward in itertools.pairwise([None, *plan]):
+            for before, forward in itertools.pairwise([plan[0], *plan]):
                 part, targets = (ids[:, forward.start + i : forward.stop + i] for i in (0, 1))
-                if graph is None and graphs and before and _GraphedForward.suits(before, forward):
+                if graph is None and graphs and before is not forward and _GraphedForward.suits(before, forward):
                     graph = _GraphedForward(reader, forward, part)
                 if graph and targets.shape == part.shape and _GraphedForward.suits(graph.forward, forward):
                     columns.append(graph.read(part, targets))

@@ -79,7 +79,9 @@ class FitSettings:
     dtype: str = _option("auto", "of model and cache: fp32, bf16; auto is bf16 on a GPU, else fp32")
     device: str = _option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one")
     layers_at_once: int = _option(10, "layers that reconstruction fits side by side: fewer need less memory")
-    cuda_graphs: bool = _option(False, "replay steps as CUDA graphs, block steps and those of --decode-blocks: faster, where batches are small")
+    cuda_graphs: bool = _option(
+        False, "replay steps as CUDA graphs, block steps and those of --decode-blocks: faster, where batches are small"
+    )
     checkpointing: bool = _option(False, "compute layers again in the backward pass (lm and distill losses)")
     heads_dtype: str = _option("fp32", "in which heads are saved: fp32, bf16, fp16")
     tensorboard: bool = _option(False, "write the log for TensorBoard too, to OUTPUT.fit/tensorboard")
@@ -109,7 +111,8 @@ class FitSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("reconstruction_weight", "lm_weight", "distill_weight", "lr", "normalizer_lr", "tune_lr", "warmup",
-                     "clip", "weight_decay", "eval_every", "seed", "init_std", "lora", "lora_alpha", "decode_blocks"):  # fmt: skip
+                     "clip", "weight_decay", "eval_every", "seed", "init_std", "lora", "lora_alpha",
+                     "decode_blocks"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         for name in ("decode_share", "held_out"):
