@@ -65,7 +65,7 @@ class PolicySession:
         policy, reader = self.policy, self._reader
         logits = []
         for part in torch.split(ids, self.block_size, 1):
-            n, start = part.shape[1], reader.position
+            n, start = part.shape[1], int(reader.position)
             fuses = policy.capacity is not None and self._live + n > policy.capacity
             hidden = reader.read(part, Forward(start, start + n, self._live, False, fuses))
             logits.append(reader.model.lm_head(hidden).float())
