@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import fcntl
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -43,6 +44,7 @@ from lococo_calibration.fit import Fit
 from lococo_calibration.settings import FitSettings, training_plan
 from lococo_runtime.bundle import LococoConfig
 from lococo_runtime.llm import load_tokenizer
+from safetensors.torch import save_file
 
 from lococo_export.checkpoints import load_checkpoint
 from lococo_export.reference import ReferenceModel
@@ -147,9 +149,9 @@ class Measure:
 
     def all(self, policy: Policy, block: int, job: str) -> None:
         """The quickest first; what no time is left for is left out, and said."""
-        a = self.args
+        a, wanted = self.args, self.record.document["job"]
         contexts = [c for c in (2048, 4096, 8192, 16384) if c <= a.context] or [a.context]
-        step_contexts = [c for c in contexts if c <= a.step_context] or contexts[:1]
+        step_contexts = [c for c in contexts if c <= wanted.get("step_context", a.step_context)] or contexts[:1]
         pieces = [("block", lambda: self.perplexity(policy, block, "block", contexts, job))]
         pieces += [(f"passkey {c}", lambda c=c: self.passkey(policy, block, c, job)) for c in a.passkey]
         if policy.capacity is not None:
@@ -157,6 +159,8 @@ class Measure:
         if a.long and policy.capacity is not None:
             pieces.append(("long", lambda: self.long(policy, block, a.long, job)))
         for name, piece in pieces:
+            if "pieces" in wanted and name.split()[0] not in wanted["pieces"]:
+                continue
             if self.record.left() < 5:
                 self.record.add("left_out", [f"{policy.name} {policy.mem_size} {name}"])
             else:
@@ -190,6 +194,7 @@ def fit(job: dict[str, Any], common: dict[str, Any], args: argparse.Namespace, r
             given["cuda_graphs"] = False
             run = Fit(FitSettings(**given), force=True, show=lambda line: None)
             each = run.measure()
+        print(f"{job['name']}: {number} begins, {record.left():.0f} s left", flush=True)
         s = run.settings
         steps = stage.get("steps")
         if steps is None:
@@ -218,6 +223,7 @@ def fit(job: dict[str, Any], common: dict[str, Any], args: argparse.Namespace, r
             run.settings = run.losses.settings = dataclasses.replace(run.settings, steps=run.step)
         run.publish()
         heads = str(output)
+        print(f"{job['name']}: {number} is saved, {record.left():.0f} s left", flush=True)
     if run is None:
         raise SystemExit(f"{job['name']}: stages: expected at least one")
     for name in ("lococo_heads.safetensors", "lococo_config.json", "lococo_fit.json"):
@@ -257,6 +263,19 @@ def speed(common: dict[str, Any], args: argparse.Namespace, job: dict[str, Any],
         record.add("speed", [row])
         print(f"speed {stage}: {row['tokens_per_second']:,.0f} tokens/s, {peak:.1f} GiB", flush=True)
         del run
+
+
+def with_rope(model: Path, target: Path, rope: dict[str, Any]) -> Path:
+    """The model's directory with other rotary embeddings in its config.json."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in model.iterdir():
+        if not (target / path.name).exists():
+            (target / path.name).symlink_to(path.resolve())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config.pop("rope_parameters", None)
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config | rope), encoding="utf-8")
+    return target
 
 
 def plain_model(args: argparse.Namespace) -> ReferenceModel:
@@ -307,6 +326,8 @@ def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
     job = next(j for j in plan["job"] if j["name"] == args.job)
     record = Record(args.out / f"{args.job}.json", args.deadline)
     record.add("job", job)
+    if any("lora" in stage for stage in job.get("stages", [])):
+        importlib.import_module("peft")  # takes seconds, which others can use
     lock = (args.out / "device.lock").open("w")
     if not args.share:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the process ends
@@ -331,11 +352,14 @@ def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
         policies.append((Fusion(cache, load_heads(args.out / "stages", job, model)), cache.block_size))
     else:
         policies = []
+        if "rope" in job:
+            args.model = with_rope(args.model, args.out / "stages" / f"{args.job}-model", job["rope"])
         model = plain_model(args)
         for block in job["block_sizes"]:
             policies.append((FullCache(), block))
             for m in job["mem_sizes"]:
-                policies += [(Fusion(LococoConfig.h2o(m, block)), block), (Streaming(model, m), block)]
+                if not job.get("unfused_only"):
+                    policies += [(Fusion(LococoConfig.h2o(m, block)), block), (Streaming(model, m), block)]
                 for variant in job.get("unfused", []):
                     cache = dataclasses.replace(LococoConfig.h2o(m, block), **variant)
                     policies.append((Unfused(cache), block))
@@ -343,6 +367,9 @@ def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
     for policy, block in policies:
         measure.all(policy, block, args.job)
     if "stages" in job and run.tuned.masters:  # what the tuned model is worth without fusion
+        names = [name.replace("base_layer.", "") for name in run.tuned.weights]
+        tuned = {n: m.detach().to("cpu", torch.float16) for n, m in zip(names, run.tuned.masters, strict=True)}
+        save_file(tuned, args.out / args.job / "tuned.safetensors")
         unfused = dataclasses.replace(
             LococoConfig.h2o(cache.mem_size, cache.block_size), local_len=cache.local_len,
             score_decay=cache.score_decay, decay_per=cache.decay_per,

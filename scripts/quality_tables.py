@@ -6,6 +6,7 @@ Each folder is a run. Text between `<!-- RUN -->` and `<!-- end RUN -->` is repl
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,30 @@ def passkeys(rows: list[dict[str, Any]]) -> str:
     return table(["context", "M", "policy", *(f"depth {d:g}" for d in depths)], lines)
 
 
+def selections(rows: list[dict[str, Any]]) -> str:
+    """A line a selection; a column a kind of text and regime."""
+    columns = sorted({(r["kind"] != "prose", r["regime"]) for r in rows})
+    found = {(r["policy"], r["mem_size"], r["kind"] != "prose", r["regime"]): r["perplexity"] for r in rows}
+    lines = []
+    for m in sorted({r["mem_size"] for r in rows}):
+        for policy in dict.fromkeys(r["policy"] for r in rows if r["mem_size"] == m):
+            cells = [found.get((policy, m, *column)) for column in columns]
+            lines.append([str(m or "-"), policy, *(f"{c:.3f}" if c else "" for c in cells)])
+    return table(["M", "policy", *(f"{'code' if code else 'prose'}, {regime}" for code, regime in columns)], lines)
+
+
+def long_stretches(rows: list[dict[str, Any]]) -> str:
+    """Perplexity between powers of two of tokens."""
+    spans = [(0, 8192), (8192, 16384), (16384, 32768), (32768, 65536)]
+    lines = []
+    for r in sorted(rows, key=lambda r: r["mem_size"]):
+        logs = [math.log(x) for x in r["perplexity"]]  # of 4,096 tokens each
+        parts = [logs[a // 4096 : b // 4096] for a, b in spans]
+        name = r["policy"] if r["job"] == "baselines" else f"{r['policy']} ({r['job']})"
+        lines.append([str(r["mem_size"]), name, *(f"{math.exp(sum(p) / len(p)):.2f}" if p else "" for p in parts)])
+    return table(["M", "policy", *(f"{a:,} to {b:,}" for a, b in spans)], lines)
+
+
 def speeds(rows: list[dict[str, Any]]) -> str:
     lines = []
     for r in rows:
@@ -93,13 +118,19 @@ def run_tables(folder: Path) -> str:
     documents = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
 
     def rows(key: str) -> list[dict[str, Any]]:
-        return [row for document in documents.values() for row in document.get(key, [])]
+        """Those of the documents that are held out; what a sweep measured is not."""
+        sweeps = key == "selections"
+        key = "perplexity" if sweeps else key
+        chosen = [d for d in documents.values() if ("sweep" in d.get("job", {})) == sweeps or key != "perplexity"]
+        return [row for document in chosen for row in document.get(key, [])]
 
     parts = [f"Device: {', '.join(sorted({d['device'] for d in documents.values() if 'device' in d}))}."]
     for title, key, render in (
         ("Training speed, alone on the device", "speed", speeds),
+        ("Selections without fusion, on training documents", "selections", selections),
         ("Against the better baseline", "perplexity", verdicts),
         ("Perplexity", "perplexity", perplexity),
+        ("Long stretches of prose, read in blocks", "long", long_stretches),
         ("Pass keys found", "passkey", passkeys),
     ):
         if rows(key):
