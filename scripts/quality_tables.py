@@ -13,6 +13,8 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BASELINES = ("h2o", "streaming")
+SIDE_BY_SIDE = ("first-look", "reported")
+"""Runs whose jobs shared the GPU."""
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -116,6 +118,17 @@ def stages(documents: dict[str, Any]) -> str:
 
 def run_tables(folder: Path) -> str:
     documents = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
+    shared = documents.get("baselines", {}).get("also_from")  # another run that measured them on the same windows
+    if shared:
+        other = json.loads((folder.parent / shared / "baselines.json").read_text(encoding="utf-8"))
+        for key in ("perplexity", "passkey"):
+            mine = documents["baselines"].setdefault(key, [])
+            known = {(r["policy"], r["mem_size"], r.get("regime"), r["context"]) for r in mine}
+            sizes = {0} | {
+                r["mem_size"] for d in documents.values() for r in d.get(key, []) if "sweep" not in d.get("job", {})
+            }
+            mine += [r for r in other[key] if r["mem_size"] in sizes
+                     and (r["policy"], r["mem_size"], r.get("regime"), r["context"]) not in known]  # fmt: skip
 
     def rows(key: str) -> list[dict[str, Any]]:
         """Those of the documents that are held out; what a sweep measured is not."""
@@ -135,8 +148,10 @@ def run_tables(folder: Path) -> str:
     ):
         if rows(key):
             parts += [f"**{title}.**", render(rows(key))]
-    parts += ["**What was fitted** (jobs ran side by side, so that seconds are not those of a GPU alone).",
-              stages(documents)]  # fmt: skip
+    shared_gpu = folder.name in SIDE_BY_SIDE
+    note = " (jobs ran side by side, so that seconds are not those of a GPU alone)" if shared_gpu else ""
+    if any("stages" in d for d in documents.values()):
+        parts += [f"**What was fitted**{note}.", stages(documents)]
     if rows("left_out"):
         parts.append(f"No time was left for: {', '.join(map(str, rows('left_out')))}.")
     unfinished = [name for name, d in documents.items() if "speed" not in d and not d.get("done")]
