@@ -419,6 +419,8 @@ def test_exact_bytes_of_engines_json(engines_dir: Path) -> None:
   }},
   "state_bytes": 50192,
   "workspace_bytes": 1024,
+  "session_bytes": 101408,
+  "device_bytes": 134222,
   "constant_bytes": 0,
   "weights_offset": 4096,
   "weights_bytes": 32768,

@@ -11,6 +11,7 @@ import ctypes
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import statistics
@@ -201,6 +202,9 @@ class Bench:
         num_threads: int = 0,
         progress: Callable[[str], None] = lambda what: None,
     ) -> None:
+        self._tokens = np.random.default_rng(0)
+        self._full: bytes | None = None  # a state whose slots have been fused several times
+        self._rate: float | None = None
         self.device = open_device(device, num_threads)
         self.clock, self.progress = Clock(self.device), progress
         self.copy_bandwidth = self.device.copy_bandwidth()
@@ -215,7 +219,7 @@ class Bench:
         self.session = sessions[0]
         used.append(self.device.memory().get("device_used_bytes", 0))
         m = self.manifest = self.model.manifest
-        self.window = m.cache.capacity - m.cache.mem_size + 1
+        self.window = m.cache.buffer + 1
         self.common: Row = {
             "implementation": "lococo",
             "build_commit": build_commit(),
@@ -226,6 +230,7 @@ class Bench:
             "device": device,
             "n_threads": num_threads,
             **_engines(log),
+            "graph_nodes": None if device == "cpu" else self._warm_up(),
             "onnxruntime_version": None if backend != "onnxruntime" else installed_version("onnxruntime"),
             "model_filename": Path(bundle).name,
             "model_type": f"{m.model.family} {human(parameters(m))} {m.dtype}",
@@ -237,7 +242,7 @@ class Bench:
             "n_batch": m.cache.block_size,
             "window_tokens": self.window,
             "state_bytes": self.model.state_bytes,
-            "session_bytes": self.model.session_bytes,  # promised; the next two were measured
+            "session_bytes": self.model.session_bytes,  # promised, host memory included; the next two were measured
             "model_device_bytes": used[1] - used[0] if any(used) else None,
             "session_device_bytes": used[2] - used[1] if any(used) else None,
             "copy_bytes_per_second": self.copy_bandwidth,
@@ -245,9 +250,6 @@ class Bench:
             "load_ms": load_ms,
             "create_session_ms": create_ns / 1e6,
         }
-        self._tokens = np.random.default_rng(0)
-        self._full: bytes | None = None  # a state whose slots have been fused several times
-        self._rate: float | None = None
 
     def close(self) -> None:
         """Closes session and model."""
@@ -311,7 +313,7 @@ class Bench:
             **timing(samples[1:], samples[0], n),
             "plain_step_ms": summary_ms(plain) if plain else None,
             "fusion_step_ms": summary_ms(fusion) if fusion else None,
-            "window_ms_per_token": self._windows(n, state, plan.repetitions),
+            **self._windows(n, state, plan.repetitions),
             "joules_per_token": None if joules is None or sum(samples[1:]) < 5e8 else joules / (n * plan.repetitions),
             "floor_ms": floor_ms,
             **self.device.memory(),
@@ -334,18 +336,27 @@ class Bench:
             (plain if self.session.live_slots > live else fusion).append(took)
         return plain, fusion
 
-    def _windows(self, n: int, state: bytes | None, repetitions: int) -> dict[str, float]:
-        """Greedy milliseconds a token over whole windows, from the first fusion at or after the depth."""
-        windows = -(-n // self.window)
+    def _windows(self, n: int, state: bytes | None, repetitions: int) -> Row:
+        """Greedy milliseconds a token over whole windows, from the first fusion at or after the depth; microseconds of
+        a window in which the device does not work on it.
+        """
+        wanted = -(-n // self.window)
         self._restore(state)
         while self.session.live_slots != self.manifest.cache.mem_size:
             self._step(0)
-        fused, values = self.session.state(), []
+        fused, values, host = self.session.state(), [], []
+        forwards = wanted * self.window
         for _ in range(repetitions + 1):
-            self.session.set_state(fused)
-            forwards = windows * self.window
-            values.append(self.clock.ns(lambda forwards=forwards: self._greedy(forwards + 1)) / 1e6 / forwards)  # type: ignore[misc]
-        return summary_ms(values[1:])
+            self.session.set_state(fused)  # it counts from 0 again
+            took = self.clock.ns(lambda: self._greedy(forwards + 1)) / 1e6
+            values.append(took / forwards)
+            windows, seconds = self.session.windows
+            if windows == wanted:
+                host.append((1e3 * took - 1e6 * seconds) / windows)
+        return {
+            "window_ms_per_token": summary_ms(values[1:]),
+            "window_host_us": statistics.median(host[1:]) if host[1:] else None,
+        }
 
     # --- depth -------------------------------------------------------------------------------------------------------
 
@@ -374,6 +385,17 @@ class Bench:
         self._prefill(self._random(depth - full))
         return self.session.state(), "prefill"
 
+    def _warm_up(self) -> dict[str, int] | None:
+        """Runs everything that is repeated; None, or the nodes of the graphs that were captured, by name."""
+        with library_log() as log:
+            for token in (*range(2), *self._random(4 * self.manifest.cache.capacity)):
+                self._step(int(token))
+            self._prefill(self._random(4 * self.manifest.cache.block_size))
+            self._greedy(4 * self.window)
+        self.session.reset()
+        found = (re.match(r"captured (.+): (\d+) nodes", line) for line in log)
+        return {m.group(1): int(m.group(2)) for m in found if m} or None
+
     def _restore(self, state: bytes | None) -> None:
         if state is None:
             self.session.reset()
@@ -396,9 +418,10 @@ class Bench:
 
 
 def _engines(log: list[str]) -> Row:
-    """The TensorRT and the engines that the library says it took."""
+    """The TensorRT and the engines that the library says it took, and what lococo-build promised of them."""
     found = [m for line in log if (m := re.match(r"TensorRT ([\d.]+),.* engines (.*)", line))]
-    return {
-        "tensorrt_version": found[0].group(1) if found else None,
-        "engines": Path(found[0].group(2)).name if found else None,
-    }
+    if not found:
+        return {"tensorrt_version": None, "engines": None, "promised_device_bytes": None}
+    directory = Path(found[0].group(2))
+    promised = json.loads((directory / "engines.json").read_text(encoding="utf-8"))["device_bytes"]
+    return {"tensorrt_version": found[0].group(1), "engines": directory.name, "promised_device_bytes": promised}

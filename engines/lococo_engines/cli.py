@@ -83,10 +83,12 @@ def _build(args: argparse.Namespace) -> int:
 def describe(engines: Engines) -> str:
     """What the engines take, in bytes."""
     plans = sum(p.nbytes for p in engines.plans)
-    workspace = "known on the device" if engines.workspace_bytes is None else f"{engines.workspace_bytes:,} bytes"
+    text = f"{len(engines.plans)} plans of {plans:,} bytes in all, shared weights {engines.weights_span[1]:,} bytes,"
+    if engines.device_bytes is None:
+        return f"{text} state {engines.state_bytes:,} bytes a session, workspace known on the device"
     return (
-        f"{len(engines.plans)} plans of {plans:,} bytes in all, shared weights {engines.weights_span[1]:,} bytes,"
-        f" state {engines.state_bytes:,} bytes a session, workspace {workspace}"
+        f"{text} {engines.session_bytes:,} bytes a session, state {engines.state_bytes:,} and workspace"
+        f" {engines.workspace_bytes:,} of them: {engines.device_bytes:,} bytes of device memory with one session"
     )
 
 

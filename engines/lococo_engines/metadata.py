@@ -131,6 +131,21 @@ class Engines:
         known = [p.workspace_bytes for p in self.plans]
         return None if None in known else max(x for x in known if x is not None)
 
+    @property
+    def session_bytes(self) -> int | None:
+        """Device memory of one session: its state, what a fusion makes of it, what a forward leaves, the workspace."""
+        made: dict[str, int] = {}
+        for t in (t for p in self.plans if p.kind == "decoder" for t in p.outputs if t.name != "logits"):
+            made[t.name] = max(made.get(t.name, 0), t.nbytes)
+        workspace = self.workspace_bytes
+        return None if workspace is None else 2 * self.state_bytes + sum(made.values()) + workspace
+
+    @property
+    def device_bytes(self) -> int | None:
+        """Device memory of plans, weights and one session, CUDA's own context left out."""
+        session = self.session_bytes
+        return None if session is None else sum(p.nbytes for p in self.plans) + self.weights_span[1] + session
+
     def to_json(self) -> str:
         """The exact bytes of engines.json (UTF-8): two-space indent, fixed key order, one newline at the end."""
         offset, nbytes = self.weights_span
@@ -148,6 +163,8 @@ class Engines:
             "options": dataclasses.asdict(self.options),
             "state_bytes": self.state_bytes,
             "workspace_bytes": self.workspace_bytes,
+            "session_bytes": self.session_bytes,
+            "device_bytes": self.device_bytes,
             "constant_bytes": self.constant_bytes,
             "weights_offset": offset,
             "weights_bytes": nbytes,

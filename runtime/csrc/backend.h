@@ -34,8 +34,9 @@ class Executor {
   // Greedy decoding of a whole window in one go: window() = capacity - mem_size + 1 tokens from mem_size live slots
   // on, each chosen and then read, the last one followed by a fusion. 0: not offered.
   [[nodiscard]] virtual int32_t window() const { return 0; }
-  // ids: (window()). The state is the old one until end_window, which keeps the new one or forgets it.
-  virtual void run_window(int64_t /*position*/, int32_t* /*ids*/) {}
+  // ids: (window()). The state is the old one until end_window, which keeps the new one or forgets it. Returns the
+  // seconds that the device worked on it, and on keeping the one before.
+  virtual double run_window(int64_t /*position*/, int32_t* /*ids*/) { return 0.0; }
   virtual void end_window(bool /*keep*/) {}
 
   // (vocab_size), in host memory, valid until the next call.

@@ -358,6 +358,13 @@ lococo_status lococo_session_live_slots(lococo_session* session, int32_t* live_s
   });
 }
 
+lococo_status lococo_session_windows(lococo_session* session, int64_t* windows, double* device_seconds) {
+  return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
+    if (windows != nullptr) *windows = s.windows();
+    if (device_seconds != nullptr) *device_seconds = s.window_seconds();
+  });
+}
+
 lococo_status lococo_session_counters(lococo_session* session, int64_t* steps, int64_t* blocks, int64_t* fusions) {
   return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
     if (steps != nullptr) *steps = s.steps();

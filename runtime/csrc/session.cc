@@ -155,7 +155,8 @@ void Session::advance(const Forward& f) {
 template <typename F>
 bool Session::read_window(F&& accept) {
   dead = true;
-  executor_->run_window(position_, window_.data());
+  ++windows_;
+  window_seconds_ += executor_->run_window(position_, window_.data());
   size_t accepted = 0;
   while (accepted < window_.size() && accept(window_[accepted])) ++accepted;
   const bool whole = accepted == window_.size();

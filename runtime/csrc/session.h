@@ -45,6 +45,8 @@ class Session {
   [[nodiscard]] int64_t position() const { return position_; }
   [[nodiscard]] int32_t live_slots() const { return length_; }
   [[nodiscard]] int64_t steps() const { return steps_; }
+  [[nodiscard]] int64_t windows() const { return windows_; }
+  [[nodiscard]] double window_seconds() const { return window_seconds_; }
   [[nodiscard]] int64_t blocks() const { return blocks_; }
   [[nodiscard]] int64_t fusions() const { return fusions_; }
 
@@ -83,7 +85,10 @@ class Session {
   template <typename F>
   bool read_window(F&& accept);
   void adopt(const uint8_t* payload);
-  void clear_counters() { steps_ = blocks_ = fusions_ = 0; }
+  void clear_counters() {
+    steps_ = blocks_ = fusions_ = windows_ = 0;
+    window_seconds_ = 0.0;
+  }
 
   std::shared_ptr<Model> model_;
   const Manifest& m_;
@@ -98,6 +103,8 @@ class Session {
   int64_t position_ = 0;         // P: tokens read
   int32_t length_ = 0;           // L: live slots
   int64_t steps_ = 0;
+  int64_t windows_ = 0;
+  double window_seconds_ = 0.0;  // of the device
   int64_t blocks_ = 0;
   int64_t fusions_ = 0;
 };

@@ -247,6 +247,10 @@ LOCOCO_API lococo_status lococo_session_cancel(lococo_session* session, int32_t 
 LOCOCO_API lococo_status lococo_session_position(lococo_session* session, int64_t* position);
 /* Slots in use now, at most capacity. */
 LOCOCO_API lococo_status lococo_session_live_slots(lococo_session* session, int32_t* live_slots);
+/* Greedy decoding from one fusion to the next that the device ran in one go, since create, reset or load: how often,
+ * and the seconds that it worked on them by its own clock; the host took the rest of the time. 0 on a CPU. Either
+ * pointer may be NULL. */
+LOCOCO_API lococo_status lococo_session_windows(lococo_session* session, int64_t* windows, double* device_seconds);
 /* Forwards of one token and of more, and fusions, since create, reset or load. Any pointer may be NULL. */
 LOCOCO_API lococo_status lococo_session_counters(lococo_session* session, int64_t* steps, int64_t* blocks,
                                                  int64_t* fusions);

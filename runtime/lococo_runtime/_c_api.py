@@ -153,6 +153,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lococo_session_cancel": (c_int, (c_void_p, c_int32)),
     "lococo_session_position": (c_int, (c_void_p, POINTER(c_int64))),
     "lococo_session_live_slots": (c_int, (c_void_p, POINTER(c_int32))),
+    "lococo_session_windows": (c_int, (c_void_p, POINTER(c_int64), POINTER(c_double))),
     "lococo_session_counters": (c_int, (c_void_p, POINTER(c_int64), POINTER(c_int64), POINTER(c_int64))),
     "lococo_session_state_size": (c_int, (c_void_p, POINTER(c_size_t))),
     "lococo_session_state_get": (c_int, (c_void_p, c_void_p, c_size_t)),

@@ -57,10 +57,16 @@ Stream create_stream() {
   return Stream(stream);
 }
 
-Event create_event() {
+Event create_event(bool timed) {
   cudaEvent_t event = nullptr;
-  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "create an event");
+  check(cudaEventCreateWithFlags(&event, timed ? cudaEventDefault : cudaEventDisableTiming), "create an event");
   return Event(event);
+}
+
+double seconds_between(const Event& begin, const Event& end) {
+  float milliseconds = 0.0f;
+  check(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()), "read the device's clock");
+  return milliseconds / 1e3;
 }
 
 }  // namespace lococo::trt

@@ -66,6 +66,7 @@ void require_memory(uint64_t nbytes, const char* what);
 DeviceMemory allocate_device(uint64_t nbytes, const char* what);
 PinnedMemory allocate_pinned(uint64_t nbytes);
 Stream create_stream();
-Event create_event();
+Event create_event(bool timed = false);
+double seconds_between(const Event& begin, const Event& end);  // timed ones that the device has passed
 
 }  // namespace lococo::trt

@@ -100,6 +100,7 @@ Executor::Executor(Backend& backend)
   }
   logits_ = allocate_pinned(l_.logits_bytes);
   ring_ = allocate_pinned(static_cast<uint64_t>(backend.window()) * sizeof(int32_t));
+  for (Span* span : {&window_, &kept_}) *span = {create_event(true), create_event(true)};
 
   // The state file is tight, the device's tensors are aligned: neighbours without a gap become one run.
   uint64_t file = 0;
@@ -274,8 +275,9 @@ void Executor::finish() { check(cudaStreamSynchronize(stream_.get()), "run the g
 
 // The first M columns of the state stay as they are until end_window: a window starts at M live slots, appends behind
 // them, and its fusion writes elsewhere. So only logits and accumulated scores have to be saved to go back.
-void Executor::run_window(int64_t position, int32_t* ids) {
+double Executor::run_window(int64_t position, int32_t* ids) {
   const int32_t window = backend_.window();
+  check(cudaEventRecord(window_.begin.get(), stream_.get()), "record an event");
   send_inputs(nullptr, 1, position, b_.mem_size);
   launch(kWindowKey, [&] {
     copy(l_.saved_logits, l_.logits, l_.logits_bytes);
@@ -290,7 +292,11 @@ void Executor::run_window(int64_t position, int32_t* ids) {
                           cudaMemcpyDeviceToHost, stream_.get()),
           "fetch the tokens");
   });
+  check(cudaEventRecord(window_.end.get(), stream_.get()), "record an event");
   finish();
+  double seconds = seconds_between(window_.begin, window_.end);
+  if (has_kept_) seconds += seconds_between(kept_.begin, kept_.end);
+  has_kept_ = false;
   std::memcpy(ids, ring_.get(), static_cast<size_t>(window) * sizeof(int32_t));
   if (std::find(ids, ids + window, -1) != ids + window) {
     fail(LOCOCO_ERROR_BACKEND,
@@ -298,11 +304,15 @@ void Executor::run_window(int64_t position, int32_t* ids) {
          " damaged or overflow this dtype, export with a wider one",
          window, static_cast<long long>(position));
   }
+  return seconds;
 }
 
 void Executor::end_window(bool keep) {
   if (keep) {
+    check(cudaEventRecord(kept_.begin.get(), stream_.get()), "record an event");
     copy(l_.cache, l_.fused, l_.cache_bytes);
+    check(cudaEventRecord(kept_.end.get(), stream_.get()), "record an event");
+    has_kept_ = true;
     return;
   }
   copy(l_.logits, l_.saved_logits, l_.logits_bytes);

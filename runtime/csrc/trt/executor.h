@@ -68,7 +68,7 @@ class Executor {
 
   void forward(const lococo_module_forward& f, float* all_logits);
   void finish();
-  void run_window(int64_t position, int32_t* ids);
+  double run_window(int64_t position, int32_t* ids);
   void end_window(bool keep);
   const float* logits();
   void reset();
@@ -82,6 +82,9 @@ class Executor {
   struct Slot {  // of pinned memory, an image of the inputs
     PinnedMemory memory;
     Event copied;
+  };
+  struct Span {  // of work on the stream
+    Event begin, end;
   };
   struct Run {  // bytes of the state, contiguous on the device and in the file
     uint64_t device;
@@ -119,6 +122,9 @@ class Executor {
   size_t slot_ = 0;
   PinnedMemory logits_;  // (vocab_size)
   PinnedMemory ring_;    // (window)
+  Span window_;
+  Span kept_;  // the copy of a window's state
+  bool has_kept_ = false;
   std::vector<Run> state_;
   std::map<GraphKey, Context> contexts_;
   std::map<int32_t, GraphExec> graphs_;

@@ -191,7 +191,11 @@ class TrtExecutor final : public Executor {
   void finish() override { call(module_.finish, handle_); }
 
   [[nodiscard]] int32_t window() const override { return window_; }
-  void run_window(int64_t position, int32_t* ids) override { call(module_.run_window, handle_, position, ids); }
+  double run_window(int64_t position, int32_t* ids) override {
+    double device_seconds = 0.0;
+    call(module_.run_window, handle_, position, ids, &device_seconds);
+    return device_seconds;
+  }
   void end_window(bool keep) override { call(module_.end_window, handle_, keep ? 1 : 0); }
 
   const float* logits() override {
