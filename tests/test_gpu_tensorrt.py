@@ -22,6 +22,7 @@ from conftest import GOLDEN_NAMES, GPU_BUNDLES, GoldenCase, unpack_golden
 from lococo_runtime import (
     LLM,
     BackendError,
+    CancelledError,
     CorruptError,
     DeadSessionError,
     LococoError,
@@ -183,6 +184,39 @@ def test_stop_inside_a_window(name: str) -> None:
             assert generate_until(session, 4 * window, stop_at) == step_until(single, 4 * window, stop_at)
             assert session.state() == single.state()
             np.testing.assert_array_equal(session.logits(), single.logits())
+
+
+def test_cancel_inside_a_window() -> None:
+    """What was shown before the cancel is read, but for the last token: as between single steps."""
+    with gpu_session("accumulated") as session, gpu_session("accumulated") as single:
+        session.prefill(text(session, 4 * session.model.manifest.cache.block_size))
+        fused = session.state()
+        for cancel_at in range(2 * window_of(session) + 2):
+            session.set_state(fused)
+            single.set_state(fused)
+            tokens: list[int] = []
+
+            def collect(token: int, _: object) -> int:
+                tokens.append(token)  # noqa: B023
+                session.cancel(len(tokens) == cancel_at + 1)  # noqa: B023
+                return 0
+
+            params = SamplingParams(ignore_eos=True).to_c()
+            with pytest.raises(CancelledError):
+                c.call(
+                    "lococo_session_generate",
+                    session._handle,
+                    ctypes.byref(params),
+                    200,
+                    c.TokenFn(collect),
+                    None,
+                    None,
+                )
+            session.cancel(False)
+            assert len(tokens) == cancel_at + 1
+            for token in tokens[:-1]:
+                single.step(token)
+            assert session.state() == single.state()
 
 
 @pytest.mark.parametrize("position", [1_048_576, 2**31 - 200])

@@ -239,7 +239,13 @@ int32_t Session::generate(const lococo_sampling_params& params, int32_t max_toke
     if (cancelled.load(std::memory_order_relaxed)) fail_cancelled();
     const auto window = static_cast<int32_t>(window_.size());
     if (greedy && window > 0 && length_ == m_.mem_size && max_tokens - count > window) {
-      if (!read_window(accept)) break;
+      bool ended = false;
+      const bool whole = read_window([&](int32_t id) {
+        ended = !accept(id);
+        return !ended && !cancelled.load(std::memory_order_relaxed);
+      });
+      if (ended) break;
+      if (!whole) fail_cancelled();
       continue;
     }
     int32_t id = 0;

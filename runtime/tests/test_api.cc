@@ -505,6 +505,8 @@ void batching() {
   lococo_batch_implementation implementation = LOCOCO_BATCH_LOOP;
   OK(lococo_batch_get_implementation(batch, &implementation));
   CHECK_EQ(implementation, LOCOCO_BATCH_GRAPH);
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "NULL", lococo_batch_get_implementation(nullptr, &implementation));
+  REFUSED(LOCOCO_ERROR_INVALID_ARGUMENT, "NULL", lococo_batch_get_implementation(batch, nullptr));
   Session a;
   Session b;
   Session c;

@@ -359,6 +359,47 @@ void windows(const Bundle& b) {
   lococo_model_close(model);
 }
 
+// A cancel inside a window leaves what was read before it, as between single steps; alone the token that was shown is
+// not read.
+void cancelling(const Bundle& b) {
+  lococo_model* model = nullptr;
+  const lococo_options o = options();
+  CHECK_EQ(lococo_model_open(b.dir.path().c_str(), &o, &model), LOCOCO_OK);
+  if (model == nullptr) return;
+  struct Cancel {
+    lococo_session* session;
+    int32_t at;
+    std::vector<int32_t> ids;
+  };
+  const auto on_token = [](int32_t id, void* user) {
+    auto* cancel = static_cast<Cancel*>(user);
+    cancel->ids.push_back(id);
+    if (static_cast<int32_t>(cancel->ids.size()) == cancel->at) lococo_session_cancel(cancel->session, 1);
+    return 0;
+  };
+  const int32_t window = trt::window_tokens(b.manifest);
+  lococo_sampling_params params{};
+  params.struct_size = sizeof params;
+  params.ignore_eos = 1;
+  for (int32_t at = 1; at < 4 * window; ++at) {
+    Cancel cancel{nullptr, at, {}};
+    lococo_session* plain = nullptr;
+    for (lococo_session** s : {&cancel.session, &plain}) {
+      CHECK_EQ(lococo_session_create(model, s), LOCOCO_OK);
+      CHECK_EQ(lococo_session_step(*s, 3), LOCOCO_OK);
+    }
+    CHECK_EQ(lococo_session_generate(cancel.session, &params, 100, on_token, &cancel, nullptr), LOCOCO_ERROR_CANCELLED);
+    CHECK_EQ(static_cast<int32_t>(cancel.ids.size()), at);
+    CHECK_EQ(lococo_session_cancel(cancel.session, 0), LOCOCO_OK);
+    for (int32_t i = 0; i + 1 < at; ++i)
+      CHECK_EQ(lococo_session_step(plain, cancel.ids[static_cast<size_t>(i)]), LOCOCO_OK);
+    CHECK(outcome(cancel.session, {}) == outcome(plain, {}));
+    lococo_session_destroy(cancel.session);
+    lococo_session_destroy(plain);
+  }
+  lococo_model_close(model);
+}
+
 // A batch is a loop: sessions that join and leave at any step have the bits of twins that run alone, and a forward that
 // fails takes one session with it.
 void batches(const Bundle& b) {
@@ -491,6 +532,7 @@ int main() {
     b.engines("one", b.text);
     opening(b);
     windows(b);
+    cancelling(b);
     batches(b);
     fewer_engines(b);
   } else {
