@@ -1002,12 +1002,15 @@ def test_the_metrics_are_prometheus_s(server: Server) -> None:
 # --- under load -----------------------------------------------------------------------------------------------------
 
 
-def test_the_load_test(server: Server) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "load_test.py"), "--url", f"http://127.0.0.1:{server.port}"]
-    command += ["--clients", "4", "--seconds", "1", "--max-tokens", "8", "--pid", str(server.process.pid)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_load_test(batched_bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "serving.json"
+    command = [sys.executable, str(ROOT / "scripts" / "load_test.py"), str(batched_bundle), "--clients", "8"]
+    command += ["--seconds", "1", "--max-tokens", "8", "--requests", "5", "--chat", "-o", str(output)]
+    result = subprocess.run([*command, "--", "--threads", "1"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    report = json.loads(result.stdout)
-    assert report["errors"] == 0
-    assert report["answers"] >= 4
+    report = json.loads(output.read_text())
+    assert (report["errors"], report["end_errors"]) == (0, [])
+    assert report["answers"] >= 8
+    assert report["mean_step_sessions"] > 1
     assert report["first_token_ms"]["p50"] <= report["first_token_ms"]["p99"]
+    assert report["rss_anon_bytes"]
