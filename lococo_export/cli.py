@@ -158,7 +158,7 @@ def _verify(args: argparse.Namespace) -> int:
             args.steps,
             tolerance=tolerance,
             free_running=args.free_running,
-            third=None if backend == "onnxruntime" else lambda: Session(args.bundle),
+            third=None if (backend, args.device) == ("onnxruntime", "cpu") else lambda: Session(args.bundle),
             progress=show,
         )
         print(report)

@@ -1,4 +1,4 @@
-"""The TensorRT backend on a machine without a GPU says so, and what to do."""
+"""The GPU backends on a machine without a GPU say so, and what to do."""
 
 from __future__ import annotations
 
@@ -24,17 +24,23 @@ def bundle(cpu: Backend) -> Path:
 
 
 @pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
-def test_no_driver(bundle: Path) -> None:
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_no_driver(bundle: Path, backend: str) -> None:
     with pytest.raises(UnsupportedError, match=r"expected an NVIDIA GPU with its driver.*libcuda\.so\.1"):
-        Session(bundle, device="cuda:0", backend="tensorrt")
+        Session(bundle, device="cuda:0", backend=backend)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:x"])
-def test_devices_that_tensorrt_does_not_run_on(bundle: Path, device: str) -> None:
-    with pytest.raises(UnsupportedError, match=f'expects "cuda:0".*"{device}"'):
-        Session(bundle, device=device, backend="tensorrt")
-
-
-def test_onnxruntime_stays_on_the_cpu(bundle: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"cuda:0.*tensorrt"):
-        Session(bundle, device="cuda:0")
+@pytest.mark.parametrize(
+    ("backend", "device", "expected"),
+    [
+        ("tensorrt", "cpu", '"cuda:0"'),
+        ("tensorrt", "cuda", '"cuda:0"'),
+        ("tensorrt", "cuda:x", '"cuda:0"'),
+        ("onnxruntime", "cuda", '"cpu", "cuda:0"'),
+        ("onnxruntime", "cuda:-1", '"cpu", "cuda:0"'),
+        ("onnxruntime", "gpu", '"cpu", "cuda:0"'),
+    ],
+)
+def test_names_of_devices(bundle: Path, backend: str, device: str, expected: str) -> None:
+    with pytest.raises(UnsupportedError, match=f'backend {backend} expects {expected}.*"{device}"'):
+        Session(bundle, device=device, backend=backend)

@@ -231,7 +231,6 @@ class Bench:
             "n_threads": num_threads,
             **_engines(log),
             "graph_nodes": None if device == "cpu" else self._warm_up(),
-            "onnxruntime_version": None if backend != "onnxruntime" else installed_version("onnxruntime"),
             "model_filename": Path(bundle).name,
             "model_type": f"{m.model.family} {human(parameters(m))} {m.dtype}",
             "model_size": next(f.nbytes for f in m.files if f.path == WEIGHTS_NAME),
@@ -418,10 +417,15 @@ class Bench:
 
 
 def _engines(log: list[str]) -> Row:
-    """The TensorRT and the engines that the library says it took, and what lococo-build promised of them."""
-    found = [m for line in log if (m := re.match(r"TensorRT ([\d.]+),.* engines (.*)", line))]
-    if not found:
-        return {"tensorrt_version": None, "engines": None, "promised_device_bytes": None}
-    directory = Path(found[0].group(2))
-    promised = json.loads((directory / "engines.json").read_text(encoding="utf-8"))["device_bytes"]
-    return {"tensorrt_version": found[0].group(1), "engines": directory.name, "promised_device_bytes": promised}
+    """The TensorRT and the engines, or the ONNX Runtime, that the library says it took; lococo-build's promise."""
+    tensorrt = [m for line in log if (m := re.match(r"TensorRT ([\d.]+),.* engines (.*)", line))]
+    onnxruntime = [m for line in log if (m := re.match(r"ONNX Runtime ([\d.]+) on ", line))]
+    directory = Path(tensorrt[0].group(2)) if tensorrt else None
+    return {
+        "tensorrt_version": tensorrt[0].group(1) if tensorrt else None,
+        "engines": directory.name if directory else None,
+        "promised_device_bytes": json.loads((directory / "engines.json").read_text("utf-8"))["device_bytes"]
+        if directory
+        else None,
+        "onnxruntime_version": onnxruntime[0].group(1) if onnxruntime else None,
+    }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -105,7 +106,9 @@ struct BackendOptions {
 };
 
 // manifest outlives the backend.
-std::unique_ptr<Backend> open_onnxruntime(const Manifest& manifest, const BackendOptions& options);
+// cuda_device: none for the CPU.
+std::unique_ptr<Backend> open_onnxruntime(const Manifest& manifest, const BackendOptions& options,
+                                          std::optional<int32_t> cuda_device);
 std::unique_ptr<Backend> open_tensorrt(const Manifest& manifest, const BackendOptions& options, int32_t device_index);
 
 }  // namespace lococo

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <string>
 
 #include "batch.h"
@@ -134,13 +135,13 @@ lococo_status with_batch(lococo_batch* batch, F&& body) noexcept {
 }
 
 // N of "cuda:N".
-int32_t cuda_index(const std::string& device) {
+int32_t cuda_index(const std::string& device, const std::string& backend) {
   const std::string digits = device.rfind("cuda:", 0) == 0 ? device.substr(5) : "";
   const bool sound =
       !digits.empty() && digits.size() <= 3 && digits.find_first_not_of("0123456789") == std::string::npos;
   if (!sound) {
-    fail(LOCOCO_ERROR_UNSUPPORTED, "device: backend tensorrt expects \"cuda:0\" or another number, got \"%s\"",
-         device.c_str());
+    fail(LOCOCO_ERROR_UNSUPPORTED, "device: backend %s expects %s\"cuda:0\" or another number, got \"%s\"",
+         backend.c_str(), backend == "onnxruntime" ? "\"cpu\", " : "", device.c_str());
   }
   return static_cast<int32_t>(std::stoi(digits));
 }
@@ -197,19 +198,16 @@ lococo_status lococo_model_open(const char* bundle_dir, const lococo_options* op
       backend_options.skip_hashes = options->skip_hashes != 0;
     }
     const bool tensorrt = backend == "tensorrt";
-    const int32_t device_index = tensorrt ? cuda_index(device) : 0;
     if (!tensorrt && backend != "onnxruntime") {
       fail(LOCOCO_ERROR_UNSUPPORTED, "backend: expected \"onnxruntime\" or \"tensorrt\", got \"%s\"", backend.c_str());
     }
-    if (!tensorrt && device != "cpu") {
-      fail(LOCOCO_ERROR_UNSUPPORTED,
-           "device: backend onnxruntime expects \"cpu\", got \"%s\"; a GPU needs backend \"tensorrt\"", device.c_str());
-    }
+    std::optional<int32_t> cuda_device;
+    if (tensorrt || device != "cpu") cuda_device = cuda_index(device, backend);
     auto model = std::make_shared<lococo::Model>();
     model->manifest = lococo::read_manifest(bundle_dir);
     lococo::check_files(model->manifest, backend_options.skip_hashes);
-    model->backend = tensorrt ? lococo::open_tensorrt(model->manifest, backend_options, device_index)
-                              : lococo::open_onnxruntime(model->manifest, backend_options);
+    model->backend = tensorrt ? lococo::open_tensorrt(model->manifest, backend_options, *cuda_device)
+                              : lococo::open_onnxruntime(model->manifest, backend_options, cuda_device);
     *out = new lococo_model{std::move(model)};
   });
 }

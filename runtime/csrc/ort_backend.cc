@@ -1,18 +1,19 @@
-// The ONNX Runtime backend, CPU: one arena of host memory a session or a batch, bound once to every graph that it runs.
+// The ONNX Runtime backend, on the CPU or a CUDA device: one arena of memory a session or a batch, bound once to every
+// graph that it runs.
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <new>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
 #include "backend.h"
 #include "error.h"
+#include "memory.h"
 #include "ort_runtime.h"
 
 namespace lococo {
@@ -20,8 +21,6 @@ namespace {
 
 using ort::Owner;
 using ort::Runtime;
-
-constexpr uint64_t kAlignment = 64;  // a cache line, and the widest vector loads
 
 ort::ElementType element_type(Dtype dtype) {
   switch (dtype) {
@@ -38,30 +37,6 @@ ort::ElementType element_type(Dtype dtype) {
   }
 }
 
-uint64_t take(uint64_t& end, uint64_t nbytes) {
-  const uint64_t offset = end;
-  end += (nbytes + kAlignment - 1) / kAlignment * kAlignment;
-  return offset;
-}
-
-// Zeroed memory. Pages that calloc takes from the system are zero, and cost nothing until they are used.
-class Arena {
- public:
-  explicit Arena(uint64_t nbytes) : memory_(std::calloc(nbytes + kAlignment, 1), std::free) {
-    if (memory_ == nullptr) throw std::bad_alloc();
-  }
-  static uint64_t nbytes(uint64_t nbytes) { return nbytes + kAlignment; }
-
-  [[nodiscard]] uint8_t* data() const {
-    void* data = memory_.get();
-    size_t space = 2 * kAlignment;
-    return static_cast<uint8_t*>(std::align(kAlignment, kAlignment, data, space));
-  }
-
- private:
-  std::unique_ptr<void, void (*)(void*)> memory_;
-};
-
 // K, V or accumulated scores: past_*.{layer}...
 bool is_cache(const TensorSpec& t) { return t.name.rfind("past_", 0) == 0 && t.name.find('.') != std::string::npos; }
 
@@ -74,21 +49,19 @@ std::string counterpart(const TensorSpec& cache, const char* prefix, const char*
 
 // Adds what a forward of n tokens gave, `source` (H_kv, width, d) or (H_kv, C + width), to the columns from `length` on
 // of `state`, a tensor of the cache.
-void append_columns(const Manifest& m, const TensorSpec& cache, uint8_t* state, const uint8_t* source, int32_t width,
-                    int32_t n, int32_t length) {
+void append_columns(const Memory& memory, const Manifest& m, const TensorSpec& cache, uint8_t* state,
+                    const uint8_t* source, int32_t width, int32_t n, int32_t length) {
+  const auto heads = static_cast<uint64_t>(m.num_kv_heads);
   const auto capacity = static_cast<uint64_t>(m.capacity);
-  const uint64_t column = cache.nbytes() / static_cast<uint64_t>(m.num_kv_heads) / capacity;
-  const uint64_t new_columns = static_cast<uint64_t>(width) + (is_score(cache) ? capacity : 0);
+  const uint64_t column = cache.nbytes() / heads / capacity;
+  const uint64_t row = capacity * column;
+  const uint64_t new_row = static_cast<uint64_t>(width) * column + (is_score(cache) ? row : 0);
   const uint64_t offset = static_cast<uint64_t>(length) * column;
-  for (int32_t head = 0; head < m.num_kv_heads; ++head) {
-    uint8_t* to = state + static_cast<uint64_t>(head) * capacity * column;
-    const uint8_t* from = source + static_cast<uint64_t>(head) * new_columns * column;
-    if (is_score(cache)) {  // every old column has a new score too
-      std::memcpy(to, from, offset);
-      from += capacity * column;
-    }
-    std::memcpy(to + offset, from, static_cast<uint64_t>(n) * column);
+  if (is_score(cache)) {  // every old column has a new score too
+    memory.copy_rows({state, row}, {source, new_row}, offset, heads);
+    source += row;
   }
+  memory.copy_rows({state + offset, row}, {source, new_row}, static_cast<uint64_t>(n) * column, heads);
 }
 
 // Where each tensor lies in an executor's arena. There are two sets of state: a fusion reads one and writes the other.
@@ -101,29 +74,33 @@ struct Layout {
 
   std::unordered_map<std::string, Place> places;  // by name of graph input or output
   uint64_t set_bytes = 0;                         // of one set; set 0 lies at 0, set 1 at set_bytes, the rest behind
+  uint64_t inputs = 0, inputs_bytes = 0;          // token ids, position and lengths, together
   uint64_t total_bytes = 0;
 
   explicit Layout(const Manifest& m) {
     for (const TensorSpec& t : m.state) {
-      if (is_cache(t)) places[t.name] = {take(set_bytes, t.nbytes()), Set::kCurrent};
+      if (is_cache(t)) places[t.name] = {Arena::take(set_bytes, t.nbytes()), Set::kCurrent};
     }
     for (const TensorSpec& t : m.state) {  // present.* is past_key_values.* after a fusion
       if (is_cache(t)) places[counterpart(t, "present", "present_scores")] = {places.at(t.name).offset, Set::kOther};
     }
-    total_bytes = 2 * set_bytes;
-    for (const int32_t width : m.widths) {
-      const GraphSpec& decoder = m.graph(GraphKind::kDecoder, width);
-      for (const auto* list : {&decoder.inputs, &decoder.outputs}) {
-        for (const TensorSpec& t : *list) {
-          if (!is_cache(t)) widest[t.name] = std::max(widest[t.name], t.nbytes());
-        }
-      }
-    }
-    for (const auto& [name, nbytes] : widest) places[name] = {take(total_bytes, nbytes), Set::kShared};
+    inputs = total_bytes = 2 * set_bytes;
+    take_shared(m, &GraphSpec::inputs);
+    inputs_bytes = total_bytes - inputs;
+    take_shared(m, &GraphSpec::outputs);
   }
 
  private:
-  std::map<std::string, uint64_t> widest;  // bytes of a tensor in the widest graph that has it
+  // What the decoders read or write, as large as in the widest one that has it.
+  void take_shared(const Manifest& m, std::vector<TensorSpec> GraphSpec::*list) {
+    std::map<std::string, uint64_t> widest;
+    for (const int32_t width : m.widths) {
+      for (const TensorSpec& t : m.graph(GraphKind::kDecoder, width).*list) {
+        if (!is_cache(t)) widest[t.name] = std::max(widest[t.name], t.nbytes());
+      }
+    }
+    for (const auto& [name, nbytes] : widest) places[name] = {Arena::take(total_bytes, nbytes), Set::kShared};
+  }
 };
 
 // Where each tensor lies in a batch's arena, by name of graph input or output: all rows of the decoder's, one of the
@@ -131,43 +108,71 @@ struct Layout {
 // what the decoder writes covers all rows, those that rest included.
 struct BatchLayout {
   std::unordered_map<std::string, uint64_t> places;
+  uint64_t inputs_bytes = 0;  // token ids, positions and lengths, at the beginning
   uint64_t logits = 0;
   uint64_t total_bytes = 0;
 
   explicit BatchLayout(const Manifest& m) {
     if (!m.batch_decoder) return;
     const GraphSpec& decoder = *m.batch_decoder;
-    for (const auto* list : {&decoder.inputs, &decoder.outputs, &m.graph(GraphKind::kFusion, 1).outputs}) {
-      for (const TensorSpec& t : *list) places[t.name] = take(total_bytes, t.nbytes());
+    const auto add = [&](const TensorSpec& t) { places[t.name] = Arena::take(total_bytes, t.nbytes()); };
+    for (const TensorSpec& t : decoder.inputs) {
+      if (!is_cache(t)) add(t);
     }
-    logits = take(total_bytes, decoder.outputs.front().nbytes());
+    inputs_bytes = total_bytes;
+    for (const TensorSpec& t : decoder.inputs) {
+      if (is_cache(t)) add(t);
+    }
+    for (const auto* list : {&decoder.outputs, &m.graph(GraphKind::kFusion, 1).outputs}) {
+      for (const TensorSpec& t : *list) add(t);
+    }
+    logits = Arena::take(total_bytes, decoder.outputs.front().nbytes());
   }
 };
 
 class OrtBackend final : public Backend {
  public:
-  OrtBackend(const Manifest& manifest, const BackendOptions& options)
+  // cuda_device: none for the CPU.
+  OrtBackend(const Manifest& manifest, const BackendOptions& options, const std::optional<CudaDevice>& cuda_device)
       : manifest_(manifest),
         stored_(manifest.state.begin() + 2, manifest.state.end()),
         layout_(manifest),
         batch_layout_(manifest),
-        runtime_(Runtime::get(options)) {
+        runtime_(Runtime::get(options)),
+        memory_(cuda_device ? make_cuda_memory(*cuda_device) : make_host_memory()) {
+    log_line(LOCOCO_LOG_INFO, format("ONNX Runtime %s on %s", runtime_.version().c_str(),
+                                     cuda_device ? cuda_device->text().c_str() : "cpu"));
+    const ort::Api& api = runtime_.api();
     ort::MemoryInfo* info = nullptr;
-    runtime_.check(runtime_.api().CreateCpuMemoryInfo(ort::kDeviceAllocator, ort::kDefaultMemory, &info),
-                   "describe memory");
-    memory_info_ = {info, runtime_.api().ReleaseMemoryInfo};
+    runtime_.check(api.CreateCpuMemoryInfo(ort::kDeviceAllocator, ort::kDefaultMemory, &info), "describe memory");
+    host_info_ = {info, api.ReleaseMemoryInfo};
+    if (cuda_device) {
+      runtime_.check_cuda();
+      cuda_device_ = cuda_device->index;
+      runtime_.check(
+          api.CreateMemoryInfo(ort::kCudaMemory, ort::kDeviceAllocator, cuda_device->index, ort::kDefaultMemory, &info),
+          "describe memory");
+      device_info_ = {info, api.ReleaseMemoryInfo};
+    }
     ort::RunOptions* run_options = nullptr;
-    runtime_.check(runtime_.api().CreateRunOptions(&run_options), "create run options");
-    run_options_ = {run_options, runtime_.api().ReleaseRunOptions};
+    runtime_.check(api.CreateRunOptions(&run_options), "create run options");
+    run_options_ = {run_options, api.ReleaseRunOptions};
     try {
       for (const GraphKind kind : {GraphKind::kDecoder, GraphKind::kFusion}) (void)session(manifest.graph(kind, 1));
     } catch (const Error& e) {
-      if (e.status() != LOCOCO_ERROR_UNSUPPORTED) throw;
+      if (e.status() != LOCOCO_ERROR_UNSUPPORTED || manifest.dtype == Dtype::kFloat32) throw;
       fail(LOCOCO_ERROR_UNSUPPORTED,
-           "dtype %s: not supported on this CPU: %s; export with another dtype (float32 always runs)",
-           manifest.dtype_text.c_str(), e.what());
+           "dtype %s: not supported on %s: %s; export with another dtype (float32 always runs)",
+           manifest.dtype_text.c_str(), cuda_device ? cuda_device->text().c_str() : "this CPU", e.what());
     }
   }
+  ~OrtBackend() override {
+    const Memory::Scope scope(*memory_);
+    sessions_.clear();
+  }
+
+  // What CUDA loads at a first run is loaded, or found missing, here and not in the middle of a text.
+  void warm_up();
 
   std::unique_ptr<Executor> create_executor() override;
   [[nodiscard]] uint64_t executor_bytes() const override { return Arena::nbytes(layout_.total_bytes); }
@@ -182,6 +187,7 @@ class OrtBackend final : public Backend {
   [[nodiscard]] const std::vector<TensorSpec>& stored() const { return stored_; }
   [[nodiscard]] const Layout& layout() const { return layout_; }
   [[nodiscard]] const BatchLayout& batch_layout() const { return batch_layout_; }
+  [[nodiscard]] const Memory& memory() const { return *memory_; }
 
   // The loaded graph. All but the single-token ones are loaded when first needed: a short prompt never pays for a
   // block.
@@ -190,7 +196,9 @@ class OrtBackend final : public Backend {
     auto it = sessions_.find(spec.file);
     if (it == sessions_.end()) {
       const auto start = std::chrono::steady_clock::now();
-      Owner<ort::Session> loaded(runtime_.load(manifest_.directory + "/" + spec.file), runtime_.api().ReleaseSession);
+      const Memory::Scope scope(*memory_);
+      Owner<ort::Session> loaded(runtime_.load(manifest_.directory + "/" + spec.file, cuda_device_),
+                                 runtime_.api().ReleaseSession);
       const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
       log_line(LOCOCO_LOG_INFO, format("loaded %s in %.0f ms", spec.file.c_str(), elapsed.count()));
       it = sessions_.emplace(spec.file, std::move(loaded)).first;
@@ -204,15 +212,20 @@ class OrtBackend final : public Backend {
     return {raw, runtime_.api().ReleaseIoBinding};
   }
 
+  // Returns when the device is done: ONNX Runtime has a stream of its own.
   void run(ort::Session* session, const ort::IoBinding* binding) const {
+    const Memory::Scope scope(*memory_);
+    memory_->finish();
     runtime_.check(runtime_.api().RunWithBinding(session, run_options_.get(), binding), "run a graph");
   }
 
-  void bind(ort::IoBinding* binding, const TensorSpec& t, bool is_input, void* data) const {
+  // data: in memory(), or on the host, where ONNX Runtime copies an output to.
+  void bind(ort::IoBinding* binding, const TensorSpec& t, bool is_input, void* data, bool on_host = false) const {
     const ort::Api& api = runtime_.api();
+    const ort::MemoryInfo* info = on_host || device_info_ == nullptr ? host_info_.get() : device_info_.get();
     ort::Value* raw = nullptr;
-    runtime_.check(api.CreateTensorWithDataAsOrtValue(memory_info_.get(), data, t.nbytes(), t.shape.data(),
-                                                      t.shape.size(), element_type(t.dtype), &raw),
+    runtime_.check(api.CreateTensorWithDataAsOrtValue(info, data, t.nbytes(), t.shape.data(), t.shape.size(),
+                                                      element_type(t.dtype), &raw),
                    ("make tensor " + t.name).c_str());
     const Owner<ort::Value> value(raw, api.ReleaseValue);  // the binding keeps its own reference
     runtime_.check((is_input ? api.BindInput : api.BindOutput)(binding, t.name.c_str(), raw),
@@ -225,7 +238,10 @@ class OrtBackend final : public Backend {
   const Layout layout_;
   const BatchLayout batch_layout_;
   const Runtime& runtime_;
-  Owner<ort::MemoryInfo> memory_info_{nullptr, nullptr};
+  const std::unique_ptr<const Memory> memory_;
+  std::optional<int32_t> cuda_device_;
+  Owner<ort::MemoryInfo> host_info_{nullptr, nullptr};
+  Owner<ort::MemoryInfo> device_info_{nullptr, nullptr};  // NULL on the CPU
   Owner<ort::RunOptions> run_options_{nullptr, nullptr};
   std::mutex mutex_;                                               // of sessions_
   std::unordered_map<std::string, Owner<ort::Session>> sessions_;  // by file
@@ -240,30 +256,47 @@ struct Bound {
 // The state of one sequence: in an arena of its own, or in a row of a batch.
 class OrtSequence : public Executor {
  public:
-  explicit OrtSequence(const OrtBackend& backend) : stored_(backend.stored()) {}
+  explicit OrtSequence(const OrtBackend& backend) : memory_(backend.memory()), stored_(backend.stored()) {}
+
+  const float* logits() override {
+    if (memory_.on_host()) return reinterpret_cast<const float*>(address(0));
+    host_logits_.resize(stored_[0].nbytes() / sizeof(float));
+    memory_.copy(host_logits_.data(), address(0), stored_[0].nbytes());
+    memory_.finish();
+    return host_logits_.data();
+  }
+
+  void finish() override { memory_.finish(); }
 
   void read_state(uint8_t* bytes) override {
     for (size_t i = 0; i < stored_.size(); bytes += stored_[i++].nbytes()) {
-      std::memcpy(bytes, address(i), stored_[i].nbytes());
+      memory_.copy(bytes, address(i), stored_[i].nbytes());
     }
+    memory_.finish();
   }
 
   void write_state(const uint8_t* bytes) override {
     for (size_t i = 0; i < stored_.size(); bytes += stored_[i++].nbytes()) {
-      std::memcpy(address(i), bytes, stored_[i].nbytes());
+      memory_.copy(address(i), bytes, stored_[i].nbytes());
     }
+    memory_.finish();
   }
 
   void copy_from(Executor& other) override {
     const auto& source = static_cast<const OrtSequence&>(other);
-    for (size_t i = 0; i < stored_.size(); ++i) std::memcpy(address(i), source.address(i), stored_[i].nbytes());
+    for (size_t i = 0; i < stored_.size(); ++i) memory_.copy(address(i), source.address(i), stored_[i].nbytes());
+    memory_.finish();
   }
 
  protected:
   // Of OrtBackend::stored()[i].
   [[nodiscard]] virtual uint8_t* address(size_t i) const = 0;
 
+  const Memory& memory_;
   const std::vector<TensorSpec>& stored_;
+
+ private:
+  std::vector<float> host_logits_;  // (vocab_size), if they lie elsewhere
 };
 
 class OrtExecutor final : public OrtSequence {
@@ -272,15 +305,15 @@ class OrtExecutor final : public OrtSequence {
       : OrtSequence(backend),
         backend_(backend),
         m_(backend.manifest()),
-        arena_(backend.layout().total_bytes),
-        input_ids_(shared<int32_t>("input_ids")),
-        position_ids_(shared<int32_t>("position_ids")),
-        past_length_(shared<int32_t>("past_length")),
-        num_tokens_(m_.block_size > 1 ? shared<int32_t>("num_tokens") : nullptr),
-        logits_(shared<float>("logits")) {
+        arena_(memory_, backend.layout().total_bytes),
+        inputs_(backend.layout().inputs_bytes),
+        input_ids_(input("input_ids")),
+        position_ids_(input("position_ids")),
+        past_length_(input("past_length")),
+        num_tokens_(m_.block_size > 1 ? input("num_tokens") : nullptr) {
     for (const TensorSpec& t : stored_) {
       places_.push_back(backend_.layout().places.at(t.name));
-      sources_.push_back(is_cache(t) ? shared<uint8_t>(counterpart(t, "new_key_values", "scores")) : nullptr);
+      sources_.push_back(is_cache(t) ? shared(counterpart(t, "new_key_values", "scores")) : nullptr);
     }
   }
 
@@ -290,11 +323,12 @@ class OrtExecutor final : public OrtSequence {
     *position_ids_ = static_cast<int32_t>(position);
     *past_length_ = length;
     if (num_tokens_ != nullptr) *num_tokens_ = f.n;
+    memory_.copy(arena_.data() + backend_.layout().inputs, inputs_.data(), inputs_.size());
     run(GraphKind::kDecoder, f.width);
     if (all_logits == nullptr) return;
     const auto row = static_cast<size_t>(m_.vocab_size);
     if (f.width == 1) {
-      std::memcpy(all_logits, logits_, row * sizeof(float));
+      memory_.copy(all_logits, address(0), row * sizeof(float));
     } else if (f.n == m_.block_size) {
       project(all_logits);
     } else {
@@ -306,7 +340,7 @@ class OrtExecutor final : public OrtSequence {
 
   void append(const Forward& f, int32_t length) override {
     for (size_t i = 1; i < stored_.size(); ++i) {
-      append_columns(m_, stored_[i], address(i), sources_[i], f.width, f.n, length);
+      append_columns(memory_, m_, stored_[i], address(i), sources_[i], f.width, f.n, length);
     }
   }
 
@@ -315,10 +349,9 @@ class OrtExecutor final : public OrtSequence {
     current_ = 1 - current_;
   }
 
-  const float* logits() override { return logits_; }
-
   void reset() override {
-    std::memset(arena_.data(), 0, backend_.layout().total_bytes);
+    memory_.zero(arena_.data(), backend_.layout().total_bytes);
+    memory_.finish();
     current_ = 0;
   }
 
@@ -330,9 +363,13 @@ class OrtExecutor final : public OrtSequence {
     const int set = place.set == Layout::Set::kCurrent ? current_ : place.set == Layout::Set::kOther ? 1 - current_ : 0;
     return arena_.data() + place.offset + static_cast<uint64_t>(set) * backend_.layout().set_bytes;
   }
-  template <typename T>
-  [[nodiscard]] T* shared(const std::string& name) const {
-    return reinterpret_cast<T*>(arena_.data() + backend_.layout().places.at(name).offset);
+  [[nodiscard]] uint8_t* shared(const std::string& name) const {
+    return arena_.data() + backend_.layout().places.at(name).offset;
+  }
+  // In inputs_.
+  [[nodiscard]] int32_t* input(const std::string& name) {
+    const Layout& layout = backend_.layout();
+    return reinterpret_cast<int32_t*>(inputs_.data() + layout.places.at(name).offset - layout.inputs);
   }
 
   // One binding for each graph and set of state.
@@ -356,19 +393,19 @@ class OrtExecutor final : public OrtSequence {
     const GraphSpec& spec = m_.graph(GraphKind::kLmHead, m_.block_size);
     ort::Session* session = backend_.session(spec);
     const Owner<ort::IoBinding> binding = backend_.new_binding(session);
-    backend_.bind(binding.get(), spec.inputs[0], true, shared<uint8_t>("hidden_states"));
-    backend_.bind(binding.get(), spec.outputs[0], false, logits);
+    backend_.bind(binding.get(), spec.inputs[0], true, shared("hidden_states"));
+    backend_.bind(binding.get(), spec.outputs[0], false, logits, /*on_host=*/true);
     backend_.run(session, binding.get());
   }
 
   OrtBackend& backend_;
   const Manifest& m_;
   Arena arena_;
+  std::vector<uint8_t> inputs_;    // on the host, as in the arena:
   int32_t* input_ids_;             // [1, B]
   int32_t* position_ids_;          // [1]
   int32_t* past_length_;           // [1]
   int32_t* num_tokens_;            // [1]
-  float* logits_;                  // [1, vocab_size]
   int current_ = 0;                // the set of state that is live
   std::vector<Place> places_;      // of stored_
   std::vector<uint8_t*> sources_;  // of stored_: what a forward gives a tensor of the cache
@@ -376,6 +413,15 @@ class OrtExecutor final : public OrtSequence {
 };
 
 std::unique_ptr<Executor> OrtBackend::create_executor() { return std::make_unique<OrtExecutor>(*this); }
+
+void OrtBackend::warm_up() {
+  const std::unique_ptr<Executor> executor = create_executor();
+  const Forward step = {1, 1, /*fuses=*/true, manifest_.mem_size};
+  const int32_t id = 0;
+  executor->forward(step, &id, 0, manifest_.capacity, nullptr);
+  executor->fuse(step, manifest_.capacity);
+  executor->finish();
+}
 
 // --- batches ---------------------------------------------------------------------------------------------------------
 
@@ -392,9 +438,9 @@ class OrtRow final : public OrtSequence {
   }
   void append(const Forward& /*f*/, int32_t /*length*/) override { refuse(); }
   void fuse(const Forward& /*f*/, int32_t /*length*/) override { refuse(); }
-  const float* logits() override { return reinterpret_cast<const float*>(addresses_[0]); }
   void reset() override {
-    for (size_t i = 0; i < stored_.size(); ++i) std::memset(addresses_[i], 0, stored_[i].nbytes());
+    for (size_t i = 0; i < stored_.size(); ++i) memory_.zero(addresses_[i], stored_[i].nbytes());
+    memory_.finish();
   }
 
   [[nodiscard]] uint8_t* address(size_t i) const override { return addresses_[i]; }
@@ -410,11 +456,13 @@ class OrtBatch final : public BatchExecutor {
   explicit OrtBatch(OrtBackend& backend)
       : backend_(backend),
         m_(backend.manifest()),
+        memory_(backend.memory()),
         stored_(backend.stored()),
-        arena_(backend.batch_layout().total_bytes),
-        input_ids_(reinterpret_cast<int32_t*>(place("input_ids"))),
-        position_ids_(reinterpret_cast<int32_t*>(place("position_ids"))),
-        past_length_(reinterpret_cast<int32_t*>(place("past_length"))),
+        arena_(memory_, backend.batch_layout().total_bytes),
+        inputs_(backend.batch_layout().inputs_bytes),
+        input_ids_(input("input_ids")),
+        position_ids_(input("position_ids")),
+        past_length_(input("past_length")),
         logits_(place("logits")),
         decoder_(bound(*m_.batch_decoder, 0)),
         fusions_(static_cast<size_t>(m_.max_batch())) {
@@ -444,6 +492,7 @@ class OrtBatch final : public BatchExecutor {
       position_ids_[s.row] = static_cast<int32_t>(s.position);
       past_length_[s.row] = s.length;
     }
+    memory_.copy(arena_.data(), inputs_.data(), inputs_.size());
     backend_.run(decoder_.session, decoder_.binding.get());
   }
 
@@ -451,8 +500,8 @@ class OrtBatch final : public BatchExecutor {
     const OrtRow& row = rows_[static_cast<size_t>(s.row)];
     for (size_t i = 1; i < stored_.size(); ++i) {
       const Columns& c = columns_[i - 1];
-      append_columns(m_, stored_[i], row.address(i), c.source + static_cast<uint64_t>(s.row) * c.row_bytes, 1, 1,
-                     s.length);
+      append_columns(memory_, m_, stored_[i], row.address(i), c.source + static_cast<uint64_t>(s.row) * c.row_bytes, 1,
+                     1, s.length);
     }
     take_logits(s);
   }
@@ -463,7 +512,7 @@ class OrtBatch final : public BatchExecutor {
     backend_.run(fusion.session, fusion.binding.get());
     const OrtRow& row = rows_[static_cast<size_t>(s.row)];
     for (size_t i = 1; i < stored_.size(); ++i) {
-      std::memcpy(row.address(i), columns_[i - 1].fused, stored_[i].nbytes());
+      memory_.copy(row.address(i), columns_[i - 1].fused, stored_[i].nbytes());
     }
     take_logits(s);
   }
@@ -480,6 +529,10 @@ class OrtBatch final : public BatchExecutor {
   [[nodiscard]] uint8_t* place(const std::string& name) const {
     return arena_.data() + backend_.batch_layout().places.at(name);
   }
+  // In inputs_.
+  [[nodiscard]] int32_t* input(const std::string& name) {
+    return reinterpret_cast<int32_t*>(inputs_.data() + backend_.batch_layout().places.at(name));
+  }
   // Of a row, from the tensor's first; t is what one sequence has.
   static uint64_t offset(const TensorSpec& t, int32_t row) { return static_cast<uint64_t>(row) * t.nbytes(); }
 
@@ -494,18 +547,23 @@ class OrtBatch final : public BatchExecutor {
     return bound;
   }
 
+  // The last thing that a row does: its errors come out here.
   void take_logits(const Step& s) {
-    std::memcpy(rows_[static_cast<size_t>(s.row)].address(0), logits_ + offset(stored_[0], s.row), stored_[0].nbytes());
+    memory_.copy(rows_[static_cast<size_t>(s.row)].address(0), logits_ + offset(stored_[0], s.row),
+                 stored_[0].nbytes());
+    memory_.finish();
   }
 
   OrtBackend& backend_;
   const Manifest& m_;
+  const Memory& memory_;
   const std::vector<TensorSpec>& stored_;
-  Arena arena_;            // zero: rows that rest are computed too
-  int32_t* input_ids_;     // [N, 1]
-  int32_t* position_ids_;  // [N]
-  int32_t* past_length_;   // [N]
-  const uint8_t* logits_;  // [N, vocab_size] float32
+  Arena arena_;                  // zero: rows that rest are computed too
+  std::vector<uint8_t> inputs_;  // on the host, as at the arena's beginning:
+  int32_t* input_ids_;           // [N, 1]
+  int32_t* position_ids_;        // [N]
+  int32_t* past_length_;         // [N]
+  const uint8_t* logits_;        // [N, vocab_size] float32
   Bound decoder_;
   std::vector<Bound> fusions_;  // of the rows, made when first needed
   std::deque<OrtRow> rows_;
@@ -516,8 +574,13 @@ std::unique_ptr<BatchExecutor> OrtBackend::create_batch() { return std::make_uni
 
 }  // namespace
 
-std::unique_ptr<Backend> open_onnxruntime(const Manifest& manifest, const BackendOptions& options) {
-  return std::make_unique<OrtBackend>(manifest, options);
+std::unique_ptr<Backend> open_onnxruntime(const Manifest& manifest, const BackendOptions& options,
+                                          std::optional<int32_t> cuda_device) {
+  std::optional<CudaDevice> device;  // asked for first: without a driver, ONNX Runtime's provider does not even load
+  if (cuda_device) device = query_cuda_device(*cuda_device);
+  auto backend = std::make_unique<OrtBackend>(manifest, options, device);
+  if (device) backend->warm_up();
+  return backend;
 }
 
 }  // namespace lococo

@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <cstring>
+#include <iterator>
 #include <mutex>
 #include <vector>
 
@@ -35,6 +37,10 @@ void* load_library(const BackendOptions& options, std::string& path) {
        tried.c_str());
 }
 
+constexpr const char* kCudaHint =
+    "it needs CUDA and cuDNN of the versions that it was built for: pip install 'onnxruntime-gpu[cuda,cudnn]', or name"
+    " the folders of their libraries in $LD_LIBRARY_PATH";
+
 // ONNX Runtime's own warnings become log lines.
 void forward_log(void* /*user*/, LogLevel level, const char* /*category*/, const char* /*id*/, const char* location,
                  const char* message) {
@@ -49,7 +55,6 @@ void forward_log(void* /*user*/, LogLevel level, const char* /*category*/, const
 const Runtime& Runtime::get(const BackendOptions& options) {
   static std::mutex mutex;
   static void* loaded_library = nullptr;
-  static std::string loaded_path;
   static const Runtime* runtime = nullptr;  // never freed: its threads may outlive the destructors of statics
 
   const std::lock_guard<std::mutex> lock(mutex);
@@ -60,7 +65,7 @@ const Runtime& Runtime::get(const BackendOptions& options) {
     if (library != loaded_library) {
       fail(LOCOCO_ERROR_INVALID_ARGUMENT,
            "backend_library: this process already runs %s (ONNX Runtime %s), got %s; use one library a process",
-           loaded_path.c_str(), runtime->version().c_str(), path.c_str());
+           runtime->path_.c_str(), runtime->version().c_str(), path.c_str());
     }
     if (options.num_threads != 0 && options.num_threads != runtime->num_threads_) {
       fail(LOCOCO_ERROR_INVALID_ARGUMENT,
@@ -78,15 +83,15 @@ const Runtime& Runtime::get(const BackendOptions& options) {
     ::dlclose(library);
     fail(LOCOCO_ERROR_UNSUPPORTED, "%s: expected ONNX Runtime 1.8 or later, got %s", path.c_str(), version);
   }
-  runtime = new Runtime(*base, table, options.num_threads);
+  runtime = new Runtime(*base, table, path, options.num_threads);
   loaded_library = library;
-  loaded_path = path;
-  log_line(LOCOCO_LOG_INFO, format("ONNX Runtime %s from %s", runtime->version().c_str(), path.c_str()));
+  log_line(LOCOCO_LOG_INFO, format("loaded ONNX Runtime %s from %s", runtime->version().c_str(), path.c_str()));
   return *runtime;
 }
 
-Runtime::Runtime(const ApiBase& base, void* const* table, int32_t num_threads)
-    : api_(table), version_(base.GetVersionString()), num_threads_(num_threads) {
+Runtime::Runtime(const ApiBase& base, void* const* table, const std::string& path, int32_t num_threads)
+    : api_(table), version_(base.GetVersionString()), path_(path), num_threads_(num_threads) {
+  if (void* const* newer = base.GetApi(kCudaApiVersion)) cuda_api_.emplace(newer);
   ThreadingOptions* raw = nullptr;
   check(api_.CreateThreadingOptions(&raw), "create threading options");
   const Owner<ThreadingOptions> threading(raw, api_.ReleaseThreadingOptions);
@@ -99,12 +104,55 @@ Runtime::Runtime(const ApiBase& base, void* const* table, int32_t num_threads)
 void Runtime::check(Status* status, const char* action) const {
   if (status == nullptr) return;
   const Owner<Status> owner(status, api_.ReleaseStatus);
-  const lococo_status code =
-      api_.GetErrorCode(status) == kNotImplemented ? LOCOCO_ERROR_UNSUPPORTED : LOCOCO_ERROR_BACKEND;
-  fail(code, "ONNX Runtime %s: cannot %s: %s", version_.c_str(), action, api_.GetErrorMessage(status));
+  const ErrorCode reason = api_.GetErrorCode(status);
+  std::string text = api_.GetErrorMessage(status);
+  const auto says = [&](const char* part) { return text.find(part) != std::string::npos; };
+  lococo_status code = LOCOCO_ERROR_BACKEND;
+  if (says("cuDNN is unavailable")) {
+    code = LOCOCO_ERROR_NOT_FOUND;
+    text = text + "; " + kCudaHint;
+  } else if (reason == kNotImplemented || reason == kInvalidGraph || says("fallback to CPU EP")) {
+    code = LOCOCO_ERROR_UNSUPPORTED;  // the file is whole: no operator for one of its types, or none on the device
+  } else if (says("out of memory") || says("Failed to allocate memory")) {
+    code = LOCOCO_ERROR_OUT_OF_MEMORY;
+  }
+  fail(code, "ONNX Runtime %s: cannot %s: %s", version_.c_str(), action, text.c_str());
 }
 
-Session* Runtime::load(const std::string& path) const {
+void Runtime::check_cuda() const {
+  char** names = nullptr;
+  int count = 0;
+  check(api_.GetAvailableProviders(&names, &count), "list its providers");
+  std::string found;
+  bool has_cuda = false;
+  for (int i = 0; i < count; ++i) {
+    found += (i > 0 ? ", " : "") + std::string(names[i]);
+    has_cuda = has_cuda || std::strcmp(names[i], kCudaProvider) == 0;
+  }
+  check(api_.ReleaseAvailableProviders(names, count), "list its providers");
+  if (has_cuda && cuda_api_) return;
+  fail(LOCOCO_ERROR_UNSUPPORTED,
+       "%s: expected an ONNX Runtime with %s, got %s with %s; pip uninstall onnxruntime, then pip install"
+       " 'onnxruntime-gpu[cuda,cudnn]', or name its library in options.backend_library or $LOCOCO_ONNXRUNTIME",
+       path_.c_str(), kCudaProvider, version_.c_str(), found.c_str());
+}
+
+void Runtime::append_cuda(SessionOptions* options, int32_t device) const {
+  CudaProviderOptions* raw = nullptr;
+  check(cuda_api_->CreateCUDAProviderOptions(&raw), "create options of the CUDA provider");
+  const Owner<CudaProviderOptions> owner(raw, cuda_api_->ReleaseCUDAProviderOptions);
+  const std::string index = std::to_string(device);
+  const char* const keys[] = {"device_id", "use_tf32", "arena_extend_strategy"};
+  const char* const values[] = {index.c_str(), "0", "kSameAsRequested"};
+  try {  // the first of these loads the provider's library
+    check(cuda_api_->UpdateCUDAProviderOptions(raw, keys, values, std::size(keys)), "set up its CUDA provider");
+    check(cuda_api_->SessionOptionsAppendExecutionProvider_CUDA_V2(options, raw), "load its CUDA provider");
+  } catch (const Error& e) {
+    fail(LOCOCO_ERROR_NOT_FOUND, "%s: %s; %s", path_.c_str(), e.what(), kCudaHint);
+  }
+}
+
+Session* Runtime::load(const std::string& path, std::optional<int32_t> cuda_device) const {
   SessionOptions* raw = nullptr;
   check(api_.CreateSessionOptions(&raw), "create session options");
   const Owner<SessionOptions> options(raw, api_.ReleaseSessionOptions);
@@ -114,6 +162,10 @@ Session* Runtime::load(const std::string& path) const {
   check(api_.DisableMemPattern(raw), "disable the memory pattern");
   // Prepacking copies every weight into each graph's own memory; without it all graphs share the mapped file.
   check(api_.AddSessionConfigEntry(raw, "session.disable_prepacking", "1"), "disable prepacking");
+  if (cuda_device) {
+    append_cuda(raw, *cuda_device);
+    check(api_.AddSessionConfigEntry(raw, "session.disable_cpu_ep_fallback", "1"), "keep nodes off the CPU");
+  }
   Session* session = nullptr;
   check(api_.CreateSession(env_, path.c_str(), raw, &session), ("load " + path).c_str());
   return session;

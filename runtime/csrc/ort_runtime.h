@@ -1,7 +1,9 @@
 // ort_runtime.h - ONNX Runtime itself: the library loaded at run time, and one environment for the process.
 #pragma once
 
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "backend.h"
@@ -18,16 +20,22 @@ class Runtime {
   [[nodiscard]] const Api& api() const { return api_; }
   [[nodiscard]] const std::string& version() const { return version_; }
 
-  // Throws BACKEND with ONNX Runtime's text if status is not null.
+  // Throws with ONNX Runtime's text if status is not null: BACKEND, UNSUPPORTED, OUT_OF_MEMORY, NOT_FOUND (cuDNN).
   void check(Status* status, const char* action) const;
-  // Loads an ONNX file, its weights mapped into memory rather than copied.
-  [[nodiscard]] Session* load(const std::string& path) const;
+  // UNSUPPORTED unless this is a build with the CUDA provider.
+  void check_cuda() const;
+  // Loads an ONNX file, its weights mapped into memory rather than copied; with a CUDA device copied there, and every
+  // node runs there (NOT_FOUND: a library that it needs; UNSUPPORTED: a node cannot).
+  [[nodiscard]] Session* load(const std::string& path, std::optional<int32_t> cuda_device) const;
 
  private:
-  Runtime(const ApiBase& base, void* const* table, int32_t num_threads);
+  Runtime(const ApiBase& base, void* const* table, const std::string& path, int32_t num_threads);
+  void append_cuda(SessionOptions* options, int32_t device) const;
 
   Api api_;
+  std::optional<CudaApi> cuda_api_;
   std::string version_;
+  std::string path_;
   int32_t num_threads_;
   Env* env_ = nullptr;
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -252,7 +253,12 @@ def call(name: str, *args: Any) -> None:
 
 
 def find_onnxruntime() -> str | None:
-    """libonnxruntime of the installed wheel, which is not imported; None leaves the search to the library."""
+    """libonnxruntime of the installed wheel, which is not imported.
+
+    None leaves the search to the library: no wheel is installed, or $LOCOCO_ONNXRUNTIME names another library.
+    """
+    if os.environ.get("LOCOCO_ONNXRUNTIME"):
+        return None
     spec = importlib.util.find_spec("onnxruntime")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         found = sorted(Path(folder, "capi").glob("libonnxruntime.so*")) or sorted(
@@ -261,3 +267,17 @@ def find_onnxruntime() -> str | None:
         if found:
             return str(found[-1])
     return None
+
+
+@functools.cache
+def load_cuda_libraries() -> None:
+    """Loads CUDA and cuDNN out of NVIDIA's wheels, where those are installed.
+
+    ONNX Runtime's CUDA provider takes what is loaded already; elsewhere it searches as the system's loader does.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [] if spec else [])]
+    for name in ("cudart", "cublasLt", "cublas", "curand", "cudnn"):  # each needs only those before it
+        for path in sorted(p for folder in folders for p in folder.glob(f"*/lib/lib{name}.so.*")):
+            with contextlib.suppress(OSError):  # whether it was needed, and what is missing, the provider will say
+                ctypes.CDLL(str(path))

@@ -52,16 +52,19 @@ class Model(_Handle):
 
     Args:
         bundle: the directory that lococo-export made.
-        device: "cpu", or "cuda:0" and on with backend "tensorrt".
-        backend: "onnxruntime", or "tensorrt", which runs the engines that lococo-build made.
+        device: "cpu", or "cuda:0" and on.
+        backend: "onnxruntime", which on a GPU is its CUDA provider (package onnxruntime-gpu), or "tensorrt", which runs
+            the engines that lococo-build made.
         num_threads: 0 takes one per physical core; the first model opened decides for the process.
         verify: check every file's sha256, not only its size.
-        backend_library: path of libonnxruntime, by default the installed onnxruntime package's; with backend
+        backend_library: path of libonnxruntime, by default $LOCOCO_ONNXRUNTIME or the installed package's; with backend
             "tensorrt" of liblococo_trt, by default beside liblococo.
 
     Raises:
         NotFoundError, CorruptError, VersionError: the bundle is not there, damaged, or of another schema.
+        NotFoundError: ONNX Runtime is not installed, or on a GPU a library that it needs, such as cuDNN.
         UnsupportedError: a device, backend or dtype that is not available here.
+        OutOfMemoryError: the device has less memory left than the model needs.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class Model(_Handle):
         self.manifest: Manifest = read_manifest(bundle)
         if backend_library is None and backend == "onnxruntime":
             backend_library = c.find_onnxruntime()
+        if backend == "onnxruntime" and device != "cpu":
+            c.load_cuda_libraries()
         options = c.Options(
             ctypes.sizeof(c.Options),
             device.encode(),

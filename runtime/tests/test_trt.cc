@@ -13,7 +13,6 @@
 #include "lococo.h"
 #include "manifest.h"
 #include "session.h"
-#include "trt/cuda_driver.h"
 #include "trt/engines.h"
 #include "trt/layout.h"
 

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a state file that clients start from as model MODEL:NAME; may be repeated",
     )
     model = parser.add_argument_group("running the model")
-    model.add_argument("--device", default="cpu", help="cpu, or cuda:0 and on with --backend tensorrt")
+    model.add_argument("--device", default="cpu", help="cpu, or cuda:0 and on")
     model.add_argument("--backend", default="onnxruntime", choices=["onnxruntime", "tensorrt"], help="(onnxruntime)")
     model.add_argument("--threads", type=int, default=0, help="0 = one per physical core")
     model.add_argument(

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "backend.h"
+#include "cuda_driver.h"
 #include "error.h"
 #include "module.h"
-#include "trt/cuda_driver.h"
 #include "trt/engines.h"
 #include "trt/layout.h"
 
@@ -103,7 +103,7 @@ lococo_module_kind module_kind(GraphKind kind) {
 
 class TrtBackend final : public Backend {
  public:
-  TrtBackend(const Manifest& m, const lococo_module& module, const Engines& engines, const trt::CudaDevice& device,
+  TrtBackend(const Manifest& m, const lococo_module& module, const Engines& engines, const CudaDevice& device,
              bool skip_hashes)
       : manifest_(m), module_(module), widths_(engines.widths), has_lm_head_(engines.has_lm_head) {
     const lococo_module_layout layout = trt::make_layout(m);
@@ -222,9 +222,9 @@ std::unique_ptr<Executor> TrtBackend::create_executor() { return std::make_uniqu
 
 std::unique_ptr<Backend> open_tensorrt(const Manifest& manifest, const BackendOptions& options, int32_t device_index) {
   // The device first: without a working driver TensorRT answers with garbage, not with an error.
-  const trt::CudaDevice device = trt::query_cuda_device(device_index);
+  const CudaDevice device = query_cuda_device(device_index);
   const lococo_module& module = load_module(options.library);
-  trt::check_driver(device, module.cuda_version);
+  check_driver(device, module.cuda_version);
   const char* version = "";
   call(module.load, &kHost, &version);
   const Engines engines = trt::choose_engines(manifest, {version, device.sm, device.text()});
