@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lococo_runtime import _c_api
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(p.name for p in GOLDEN.iterdir() if (p / "args.json").exists())
@@ -64,7 +65,7 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 GPU_BUNDLES = os.environ.get("LOCOCO_GPU_BUNDLES", "")
-"""The bundles of bundles.EXPORTS with engines, made by scripts/gpu_host. Without it no test runs on TensorRT."""
+"""The bundles of bundles.EXPORTS with engines, made by scripts/gpu_host. Without it no test runs on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Backend:
     @property
     def flags(self) -> list[str]:
         """Of the commands."""
-        return ["--device", self.options["device"]] if self.options else []
+        return [part for name, value in self.options.items() for part in (f"--{name}", value)]
 
     def bundle(self, name: str) -> Path:
         """One of bundles.EXPORTS; read-only."""
@@ -94,12 +95,23 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> Backend:
     return Backend("onnxruntime", {}, tmp_path_factory.mktemp("bundles"))
 
 
-TENSORRT = pytest.param("tensorrt", marks=pytest.mark.gpu)
+def has_cuda_provider() -> bool:
+    """Whether the ONNX Runtime that tests use is one for GPUs."""
+    library = os.environ.get("LOCOCO_ONNXRUNTIME") or _c_api.find_onnxruntime()
+    return library is not None and Path(library).with_name("libonnxruntime_providers_cuda.so").exists()
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", *([TENSORRT] if GPU_BUNDLES else [])])
+CUDA = {"device": "cuda:0", "backend": "onnxruntime"}
+TENSORRT = {"device": "cuda:0", "backend": "tensorrt"}
+GPU_BACKENDS = {"onnxruntime-cuda": CUDA, "tensorrt": TENSORRT} if has_cuda_provider() else {"tensorrt": TENSORRT}
+
+
+@pytest.fixture(
+    scope="module",
+    params=["onnxruntime", *(pytest.param(b, marks=pytest.mark.gpu) for b in GPU_BACKENDS if GPU_BUNDLES)],
+)
 def backend(request: pytest.FixtureRequest, cpu: Backend) -> Backend:
     """Every backend in turn: what a test of it asserts holds on all."""
     if request.param == "onnxruntime":
         return cpu
-    return Backend(request.param, {"device": "cuda:0", "backend": "tensorrt"}, Path(GPU_BUNDLES))
+    return Backend(request.param, GPU_BACKENDS[request.param], Path(GPU_BUNDLES))

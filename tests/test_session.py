@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +34,7 @@ from lococo_runtime import (
     TokenIdError,
     UnsupportedError,
     VersionError,
+    _c_api,
 )
 from lococo_runtime._process import memory_bytes
 
@@ -476,6 +479,24 @@ def test_devices_and_backends_that_are_not_there(plain_bundle: Path, options: di
         Session(plain_bundle, **options)  # type: ignore[arg-type]
 
 
-def test_missing_backend_library(plain_bundle: Path, tmp_path: Path) -> None:
+def test_missing_backend_library(plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((NotFoundError, BackendError), match=r"nothing\.so"):
         Session(plain_bundle, backend_library=tmp_path / "nothing.so")
+    monkeypatch.setenv("LOCOCO_ONNXRUNTIME", str(tmp_path / "named.so"))  # before the installed package's
+    code = f"from lococo_runtime import Session; Session({str(plain_bundle)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "named.so" in result.stderr
+
+
+def test_cuda_libraries_of_wheels_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cudart.so.13", "cudnn.so.9", "cudnn_ops.so.9", "cufft.so.12"):
+        folder = tmp_path / "nvidia" / name[:5] / "lib"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(_c_api.library_path(), folder / f"lib{name}")
+    (tmp_path / "nvidia" / "cudar" / "lib" / "libcublas.so.13").write_text("not a library")
+    monkeypatch.syspath_prepend(tmp_path)
+    _c_api.load_cuda_libraries.cache_clear()
+    _c_api.load_cuda_libraries()
+    mapped = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert {"libcudart.so.13", "libcudnn.so.9"} <= mapped
+    assert not {"libcudnn_ops.so.9", "libcufft.so.12", "libcublas.so.13"} & mapped

@@ -142,8 +142,9 @@ void Runtime::append_cuda(SessionOptions* options, int32_t device) const {
   check(cuda_api_->CreateCUDAProviderOptions(&raw), "create options of the CUDA provider");
   const Owner<CudaProviderOptions> owner(raw, cuda_api_->ReleaseCUDAProviderOptions);
   const std::string index = std::to_string(device);
-  const char* const keys[] = {"device_id", "use_tf32", "arena_extend_strategy"};
-  const char* const values[] = {index.c_str(), "0", "kSameAsRequested"};
+  // By default cuDNN times its algorithms and takes the fastest, now this one and now another: other bits every time.
+  const char* const keys[] = {"device_id", "use_tf32", "arena_extend_strategy", "cudnn_conv_algo_search"};
+  const char* const values[] = {index.c_str(), "0", "kSameAsRequested", "HEURISTIC"};
   try {  // the first of these loads the provider's library
     check(cuda_api_->UpdateCUDAProviderOptions(raw, keys, values, std::size(keys)), "set up its CUDA provider");
     check(cuda_api_->SessionOptionsAppendExecutionProvider_CUDA_V2(options, raw), "load its CUDA provider");

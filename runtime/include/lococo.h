@@ -71,9 +71,9 @@ typedef enum lococo_status {
 
 /* Zero-initialise, set struct_size = sizeof(lococo_options), then what you need. NULL and 0 mean the default. */
 typedef struct lococo_options {
-  size_t struct_size;          /* sizeof(lococo_options) */
-  const char* device;          /* "cpu" (default), or "cuda:0" and on */
-  const char* backend;         /* "onnxruntime" (default; CUDA needs its GPU build), "tensorrt": engines of lococo-build */
+  size_t struct_size;  /* sizeof(lococo_options) */
+  const char* device;  /* "cpu" (default), or "cuda:0" and on */
+  const char* backend; /* "onnxruntime" (default; CUDA needs its GPU build), "tensorrt": engines of lococo-build */
   const char* backend_library; /* onnxruntime: path of libonnxruntime; default: $LOCOCO_ONNXRUNTIME, then the loader's
                                 * search path. tensorrt: path of liblococo_trt; default: $LOCOCO_TRT_LIBRARY, then
                                 * beside liblococo */

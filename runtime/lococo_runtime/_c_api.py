@@ -253,12 +253,7 @@ def call(name: str, *args: Any) -> None:
 
 
 def find_onnxruntime() -> str | None:
-    """libonnxruntime of the installed wheel, which is not imported.
-
-    None leaves the search to the library: no wheel is installed, or $LOCOCO_ONNXRUNTIME names another library.
-    """
-    if os.environ.get("LOCOCO_ONNXRUNTIME"):
-        return None
+    """libonnxruntime of the installed wheel, which is not imported; None leaves the search to the library."""
     spec = importlib.util.find_spec("onnxruntime")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         found = sorted(Path(folder, "capi").glob("libonnxruntime.so*")) or sorted(

@@ -84,7 +84,7 @@ class Model(_Handle):
                 raise InvalidArgumentError(f"{name}: expected a string, got {value!r}")
         check_integer("num_threads", num_threads, 2**31 - 1)
         self.manifest: Manifest = read_manifest(bundle)
-        if backend_library is None and backend == "onnxruntime":
+        if backend_library is None and backend == "onnxruntime" and not os.environ.get("LOCOCO_ONNXRUNTIME"):
             backend_library = c.find_onnxruntime()
         if backend == "onnxruntime" and device != "cpu":
             c.load_cuda_libraries()

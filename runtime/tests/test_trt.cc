@@ -229,7 +229,15 @@ void opening(const Bundle& b) {
   refused(LOCOCO_ERROR_VERSION, "another library");
   o = options();
   o.backend = "onnxruntime";
-  refused(LOCOCO_ERROR_UNSUPPORTED, "cuda:0");
+  faked("FAKE_CUDA", "no device", LOCOCO_ERROR_UNSUPPORTED, "sees no GPU");
+  o.backend_library = "libm.so.6";
+  refused(LOCOCO_ERROR_UNSUPPORTED, "libm.so.6");
+  if (std::getenv("LOCOCO_ONNXRUNTIME") != nullptr) {
+    o.backend_library = nullptr;
+    refused(LOCOCO_ERROR_UNSUPPORTED, "CUDAExecutionProvider");
+  }
+  o.device = "cuda";
+  refused(LOCOCO_ERROR_UNSUPPORTED, "\"cpu\", \"cuda:0\"");
   CHECK(model == nullptr);
 }
 
