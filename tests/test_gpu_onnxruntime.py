@@ -22,7 +22,7 @@ from lococo_runtime import (
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not GPU_BUNDLES, reason="LOCOCO_GPU_BUNDLES is not set: run scripts/gpu_host, which makes them"),
-    pytest.mark.skipif(not has_cuda_provider(), reason="this ONNX Runtime has no CUDA provider: set LOCOCO_ONNXRUNTIME"),
+    pytest.mark.skipif(not has_cuda_provider(), reason="no CUDA provider beside ONNX Runtime: set LOCOCO_ONNXRUNTIME"),
 ]
 BUNDLES = Path(GPU_BUNDLES)
 RANDOM_NAMES = ["accumulated", "accumulated_fp16", "aging"]

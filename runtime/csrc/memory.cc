@@ -32,29 +32,27 @@ class HostMemory final : public Memory {
 
 // --- CUDA ------------------------------------------------------------------------------------------------------------
 
-// Of the driver's ABI.
-using Address = unsigned long long;  // CUdeviceptr
+// Of the driver's ABI, where an address on the device is an integer as wide as a pointer.
+static_assert(sizeof(void*) == sizeof(unsigned long long));
 using Context = void*;
 using Stream = void*;
 struct Copy2D {  // CUDA_MEMCPY2D
   size_t from_x = 0, from_y = 0;
   int from_type = 0;
   const void* from_host = nullptr;
-  Address from = 0;
+  const void* from = nullptr;
   void* from_array = nullptr;
   size_t from_stride = 0;
   size_t to_x = 0, to_y = 0;
   int to_type = 0;
   void* to_host = nullptr;
-  Address to = 0;
+  void* to = nullptr;
   void* to_array = nullptr;
   size_t to_stride = 0;
   size_t row_bytes = 0, num_rows = 0;
 };
 constexpr int kOutOfMemory = 2;  // CUDA_ERROR_OUT_OF_MEMORY
 constexpr int kOnDevice = 2;     // CU_MEMORYTYPE_DEVICE
-
-Address address(const void* data) { return reinterpret_cast<Address>(data); }
 
 // In the device's primary context, which ONNX Runtime uses too, and in the calling thread's own default stream.
 class CudaMemory final : public Memory {
@@ -70,7 +68,7 @@ class CudaMemory final : public Memory {
 
   [[nodiscard]] void* allocate(uint64_t nbytes) const override {
     const Scope scope(*this);
-    Address data = 0;
+    void* data = nullptr;
     const int code = allocate_(&data, nbytes);
     if (code == kOutOfMemory) {
       size_t free_bytes = 0;
@@ -83,19 +81,19 @@ class CudaMemory final : public Memory {
     }
     check(code, "allocate");
     try {
-      zero(reinterpret_cast<void*>(data), nbytes);
+      zero(data, nbytes);
       finish();
     } catch (...) {
-      free(reinterpret_cast<void*>(data));
+      free(data);
       throw;
     }
-    return reinterpret_cast<void*>(data);
+    return data;
   }
 
   void free(void* data) const noexcept override {
     try {
       const Scope scope(*this);
-      check(free_(address(data)), "free memory");  // waits for what runs
+      check(free_(data), "free memory");  // waits for what runs
     } catch (const std::exception& e) {
       log_line(LOCOCO_LOG_ERROR, e.what());
     }
@@ -103,21 +101,21 @@ class CudaMemory final : public Memory {
 
   void zero(void* to, uint64_t nbytes) const override {
     const Scope scope(*this);
-    check(set_(address(to), 0, nbytes, kStream), "clear memory");
+    check(set_(to, 0, nbytes, kStream), "clear memory");
   }
 
   void copy(void* to, const void* from, uint64_t nbytes) const override {
     const Scope scope(*this);
-    check(copy_(address(to), address(from), nbytes, kStream), "copy memory");
+    check(copy_(to, from, nbytes, kStream), "copy memory");
   }
 
   void copy_rows(Rows<void> to, Rows<const void> from, uint64_t row_bytes, uint64_t num_rows) const override {
     if (row_bytes == 0) return;
     Copy2D c;
     c.from_type = c.to_type = kOnDevice;
-    c.from = address(from.data);
+    c.from = from.data;
     c.from_stride = from.stride;
-    c.to = address(to.data);
+    c.to = to.data;
     c.to_stride = to.stride;
     c.row_bytes = row_bytes;
     c.num_rows = num_rows;
@@ -150,12 +148,12 @@ class CudaMemory final : public Memory {
   Context context_ = nullptr;
   int (*const push_)(Context) = driver_.function<int(Context)>("cuCtxPushCurrent_v2");
   int (*const pop_)(Context*) = driver_.function<int(Context*)>("cuCtxPopCurrent_v2");
-  int (*const allocate_)(Address*, size_t) = driver_.function<int(Address*, size_t)>("cuMemAlloc_v2");
-  int (*const free_)(Address) = driver_.function<int(Address)>("cuMemFree_v2");
-  int (*const set_)(Address, unsigned char, size_t,
-                    Stream) = driver_.function<int(Address, unsigned char, size_t, Stream)>("cuMemsetD8Async");
-  int (*const copy_)(Address, Address, size_t,
-                     Stream) = driver_.function<int(Address, Address, size_t, Stream)>("cuMemcpyAsync");
+  int (*const allocate_)(void**, size_t) = driver_.function<int(void**, size_t)>("cuMemAlloc_v2");
+  int (*const free_)(void*) = driver_.function<int(void*)>("cuMemFree_v2");
+  int (*const set_)(void*, unsigned char, size_t,
+                    Stream) = driver_.function<int(void*, unsigned char, size_t, Stream)>("cuMemsetD8Async");
+  int (*const copy_)(void*, const void*, size_t,
+                     Stream) = driver_.function<int(void*, const void*, size_t, Stream)>("cuMemcpyAsync");
   int (*const copy_2d_)(const Copy2D*, Stream) = driver_.function<int(const Copy2D*, Stream)>("cuMemcpy2DAsync_v2");
   int (*const synchronize_)(Stream) = driver_.function<int(Stream)>("cuStreamSynchronize");
 };
@@ -166,8 +164,7 @@ std::unique_ptr<Memory> make_host_memory() { return std::make_unique<HostMemory>
 
 std::unique_ptr<Memory> make_cuda_memory(const CudaDevice& device) { return std::make_unique<CudaMemory>(device); }
 
-Arena::Arena(const Memory& memory, uint64_t nbytes)
-    : memory_(memory.allocate(Arena::nbytes(nbytes)), Free{&memory}), data_(nullptr) {
+Arena::Arena(const Memory& memory, uint64_t nbytes) : memory_(memory.allocate(Arena::nbytes(nbytes)), Free{&memory}) {
   void* data = memory_.get();
   size_t space = 2 * kAlignment;
   data_ = static_cast<uint8_t*>(std::align(kAlignment, kAlignment, data, space));

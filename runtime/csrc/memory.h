@@ -77,7 +77,7 @@ class Arena {
   };
 
   std::unique_ptr<void, Free> memory_;
-  uint8_t* data_;
+  uint8_t* data_ = nullptr;
 };
 
 }  // namespace lococo

@@ -2,7 +2,7 @@
 //
 // The table is frozen: an entry keeps its index and signature for ever, new ones are appended. Entries below exist
 // since API version 8 (ONNX Runtime 1.8), the version this library asks for, so any later release works; those of the
-// CUDA provider since version 11.
+// CUDA provider since version 17.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ struct IoBinding;
 struct CudaProviderOptions;
 
 constexpr uint32_t kApiVersion = 8;
-constexpr uint32_t kCudaApiVersion = 11;
+constexpr uint32_t kCudaApiVersion = 17;
 
 enum LogLevel : int { kLogInfo = 1, kLogWarning = 2, kLogError = 3 };
 enum ErrorCode : int { kNotImplemented = 9, kInvalidGraph = 10 };
@@ -77,7 +77,8 @@ using LogFunction = void (*)(void* user, LogLevel level, const char* category, c
   X(205, CreateCUDAProviderOptions, Status*, (CudaProviderOptions**))                                           \
   X(206, UpdateCUDAProviderOptions, Status*,                                                                    \
     (CudaProviderOptions*, const char* const* keys, const char* const* values, size_t count))                   \
-  X(208, ReleaseCUDAProviderOptions, void, (CudaProviderOptions*))
+  X(208, ReleaseCUDAProviderOptions, void, (CudaProviderOptions*))                                              \
+  X(273, SetDeterministicCompute, Status*, (SessionOptions*, bool))
 
 // The table as structs of typed functions.
 #define LOCOCO_ORT_ASSIGN(index, name, result, args) name = reinterpret_cast<result(*) args>(table[index]);

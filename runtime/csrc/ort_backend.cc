@@ -147,7 +147,7 @@ class OrtBackend final : public Backend {
     runtime_.check(api.CreateCpuMemoryInfo(ort::kDeviceAllocator, ort::kDefaultMemory, &info), "describe memory");
     host_info_ = {info, api.ReleaseMemoryInfo};
     if (cuda_device) {
-      runtime_.check_cuda();
+      (void)runtime_.cuda_api();  // without it, the dtype would be blamed below
       cuda_device_ = cuda_device->index;
       runtime_.check(
           api.CreateMemoryInfo(ort::kCudaMemory, ort::kDeviceAllocator, cuda_device->index, ort::kDefaultMemory, &info),

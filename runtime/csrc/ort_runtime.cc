@@ -89,8 +89,8 @@ const Runtime& Runtime::get(const BackendOptions& options) {
   return *runtime;
 }
 
-Runtime::Runtime(const ApiBase& base, void* const* table, const std::string& path, int32_t num_threads)
-    : api_(table), version_(base.GetVersionString()), path_(path), num_threads_(num_threads) {
+Runtime::Runtime(const ApiBase& base, void* const* table, std::string path, int32_t num_threads)
+    : api_(table), version_(base.GetVersionString()), path_(std::move(path)), num_threads_(num_threads) {
   if (void* const* newer = base.GetApi(kCudaApiVersion)) cuda_api_.emplace(newer);
   ThreadingOptions* raw = nullptr;
   check(api_.CreateThreadingOptions(&raw), "create threading options");
@@ -119,7 +119,7 @@ void Runtime::check(Status* status, const char* action) const {
   fail(code, "ONNX Runtime %s: cannot %s: %s", version_.c_str(), action, text.c_str());
 }
 
-void Runtime::check_cuda() const {
+const CudaApi& Runtime::cuda_api() const {
   char** names = nullptr;
   int count = 0;
   check(api_.GetAvailableProviders(&names, &count), "list its providers");
@@ -130,7 +130,7 @@ void Runtime::check_cuda() const {
     has_cuda = has_cuda || std::strcmp(names[i], kCudaProvider) == 0;
   }
   check(api_.ReleaseAvailableProviders(names, count), "list its providers");
-  if (has_cuda && cuda_api_) return;
+  if (has_cuda && cuda_api_) return *cuda_api_;
   fail(LOCOCO_ERROR_UNSUPPORTED,
        "%s: expected an ONNX Runtime with %s, got %s with %s; pip uninstall onnxruntime, then pip install"
        " 'onnxruntime-gpu[cuda,cudnn]', or name its library in options.backend_library or $LOCOCO_ONNXRUNTIME",
@@ -138,16 +138,18 @@ void Runtime::check_cuda() const {
 }
 
 void Runtime::append_cuda(SessionOptions* options, int32_t device) const {
+  const CudaApi& api = cuda_api();
   CudaProviderOptions* raw = nullptr;
-  check(cuda_api_->CreateCUDAProviderOptions(&raw), "create options of the CUDA provider");
-  const Owner<CudaProviderOptions> owner(raw, cuda_api_->ReleaseCUDAProviderOptions);
+  check(api.CreateCUDAProviderOptions(&raw), "create options of the CUDA provider");
+  const Owner<CudaProviderOptions> owner(raw, api.ReleaseCUDAProviderOptions);
+  check(api.SetDeterministicCompute(options, true), "ask for the same bits every time");
   const std::string index = std::to_string(device);
   // By default cuDNN times its algorithms and takes the fastest, now this one and now another: other bits every time.
   const char* const keys[] = {"device_id", "use_tf32", "arena_extend_strategy", "cudnn_conv_algo_search"};
   const char* const values[] = {index.c_str(), "0", "kSameAsRequested", "HEURISTIC"};
   try {  // the first of these loads the provider's library
-    check(cuda_api_->UpdateCUDAProviderOptions(raw, keys, values, std::size(keys)), "set up its CUDA provider");
-    check(cuda_api_->SessionOptionsAppendExecutionProvider_CUDA_V2(options, raw), "load its CUDA provider");
+    check(api.UpdateCUDAProviderOptions(raw, keys, values, std::size(keys)), "set up its CUDA provider");
+    check(api.SessionOptionsAppendExecutionProvider_CUDA_V2(options, raw), "load its CUDA provider");
   } catch (const Error& e) {
     fail(LOCOCO_ERROR_NOT_FOUND, "%s: %s; %s", path_.c_str(), e.what(), kCudaHint);
   }

@@ -23,13 +23,13 @@ class Runtime {
   // Throws with ONNX Runtime's text if status is not null: BACKEND, UNSUPPORTED, OUT_OF_MEMORY, NOT_FOUND (cuDNN).
   void check(Status* status, const char* action) const;
   // UNSUPPORTED unless this is a build with the CUDA provider.
-  void check_cuda() const;
+  [[nodiscard]] const CudaApi& cuda_api() const;
   // Loads an ONNX file, its weights mapped into memory rather than copied; with a CUDA device copied there, and every
-  // node runs there (NOT_FOUND: a library that it needs; UNSUPPORTED: a node cannot).
+  // node runs there (NOT_FOUND: a library that it needs; UNSUPPORTED: no CUDA provider, a node cannot).
   [[nodiscard]] Session* load(const std::string& path, std::optional<int32_t> cuda_device) const;
 
  private:
-  Runtime(const ApiBase& base, void* const* table, const std::string& path, int32_t num_threads);
+  Runtime(const ApiBase& base, void* const* table, std::string path, int32_t num_threads);
   void append_cuda(SessionOptions* options, int32_t device) const;
 
   Api api_;
