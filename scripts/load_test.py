@@ -241,14 +241,13 @@ def test_ends(args: argparse.Namespace, flags: Sequence[str], alone: list[str]) 
     return errors + [f"conversation {i} was lost" for i, count in enumerate(cached) if count == 0]
 
 
-def step_sessions(url: str) -> float | None:
-    """How many sessions a forward stepped on average; None if they are stepped alone."""
+def shared_steps(url: str) -> tuple[float, float]:
+    """How many sessions were stepped in shared forwards so far, and in how many."""
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         metrics = answer.read().decode()
-    total, count = (
-        float(re.findall(rf"^lococo_step_sessions_{name} (\S+)", metrics, re.M)[0]) for name in ("sum", "count")
-    )
-    return round(total / count, 2) if count else None
+    names = ("sum", "count")
+    total, count = (float(re.findall(rf"^lococo_step_sessions_{name} (\S+)", metrics, re.M)[0]) for name in names)
+    return total, count
 
 
 def main() -> int:
@@ -278,13 +277,15 @@ def main() -> int:
 
         async def run() -> tuple[list[str], dict[str, Any]]:
             alone = [(await target.ask(target.body(i))).text for i in range(args.requests)]
-            return alone, await load(target, args.clients, args.seconds, alone, pid)
+            before = shared_steps(url)
+            report = await load(target, args.clients, args.seconds, alone, pid)
+            total, count = (b - a for a, b in zip(before, shared_steps(url), strict=True))
+            return alone, {**report, "mean_step_sessions": round(total / count, 2) if count else None}
 
         alone, report = asyncio.run(run())
         machine = {"cpu_info": cpu_name(), "cpu_count": os.cpu_count(), "build_commit": build_commit()}
         about = {"model": target.model, "chat": args.chat, "max_tokens": args.max_tokens, "flags": flags}
         report = {**machine, **about, **report}
-        report["mean_step_sessions"] = step_sessions(url)
     bad = report["errors"] > 0 or report.get("grown_bytes", 0) > GROWTH_BYTES
     if args.bundle is not None:
         report["end_errors"] = test_ends(args, flags, alone)

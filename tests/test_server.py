@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gzip
 import http.client
 import json
 import os
@@ -26,6 +28,7 @@ from lococo_runtime import LLM, Batch, CancelledError, SamplingParams, TokenIdEr
 from lococo_server.batching import SharedSteps
 from lococo_server.metrics import Metrics
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
 from test_llm import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -311,6 +314,42 @@ def test_the_stream_is_server_sent_events(server: Server) -> None:
     assert {json.loads(event.removeprefix("data: "))["object"] for event in events} == {"chat.completion.chunk"}
 
 
+class Lighthouse(BaseModel):
+    lit: bool
+    steps: list[bool]
+
+
+def test_the_client_s_helpers(client: openai.OpenAI) -> None:
+    """parse() holds an answer to a class, and stream() puts the chunks together again."""
+    body = chat_body(max_tokens=2000, seed=1, logit_bias={str(EOS): 1})
+    parsed = client.chat.completions.parse(**body, response_format=Lighthouse).choices[0].message.parsed
+    assert parsed is not None
+    with client.chat.completions.stream(**body, response_format=Lighthouse) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
+    raw = client.chat.completions.with_raw_response.create(**chat_body())
+    assert raw.parse().choices[0].message.role == "assistant"
+
+
+def test_a_client_without_patience(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.3).completions.create(**completion_body(max_tokens=100_000, logit_bias=LETTERS))
+    server.wait_for("lococo_running_requests", 0)
+
+
+def test_the_async_client(server: Server) -> None:
+    async def ask() -> tuple[list[str], str]:
+        async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none") as client:
+            body = completion_body(seed=1, max_tokens=20)
+            answers = await asyncio.gather(*(client.completions.create(**body) for _ in range(6)))
+            stream = await client.completions.create(**body, stream=True)
+            return [a.choices[0].text for a in answers], "".join([c.choices[0].text async for c in stream])
+
+    whole, streamed = asyncio.run(ask())
+    assert set(whole) == {streamed}
+
+
 def test_logprobs_are_the_runtime_s(client: openai.OpenAI, llm: LLM) -> None:
     sampling = SamplingParams(temperature=1.0, seed=4, max_tokens=8, ignore_eos=True, logprobs=3)
     expected = llm.generate("Hello", sampling).logprobs or []
@@ -469,6 +508,7 @@ def test_other_content_types_paths_and_methods(server: Server) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json", ""):
         assert server.request("POST", "/v1/completions", body, Content_Type=kind)[0] == 415
     assert server.request("POST", "/v1/completions", body, Content_Type="Application/JSON; charset=utf-8")[0] == 200
+    assert server.request("POST", "/v1/completions", gzip.compress(body), Content_Encoding="gzip")[0] == 415
     assert json.loads(server.request("GET", "/health")[2]) == {"status": "ok"}
 
 
@@ -829,6 +869,24 @@ def test_sigterm_drains(bundle: Path) -> None:
         assert server.stop() == 0
         assert [answer.result().choices[0].text for answer in answers] == [expected] * 3
         assert len(expected) == 1000
+
+
+def test_draining_has_a_limit(bundle: Path) -> None:
+    """Then those that run, and those that wait, get an error."""
+    options = ("--sessions", "1", "--drain-timeout", "1", "--max-new-tokens", "100000")
+    body = completion_body(max_tokens=100_000, logit_bias=LETTERS)
+    with serving(bundle, *options) as server, server.client() as client, ThreadPoolExecutor(2) as threads:
+        stream = client.completions.create(**body, stream=True)
+        next(iter(stream))
+        running = threads.submit(list, stream)
+        waiting = threads.submit(client.completions.create, **body)
+        server.wait_for("lococo_waiting_requests", 1)
+        assert server.stop() == 0
+        with pytest.raises(openai.APIError, match="shutting down"):
+            running.result()
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            waiting.result()
+        assert not [line for line in server.lines if "Traceback" in line]
 
 
 # --- conversations ---------------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ def create_app(
 ) -> FastAPI:
     """An ASGI application that serves a bundle; it closes `llm` when it shuts down.
 
+    `app.state.end_all()` ends every request that is running or waiting with an error of status 503.
+
     Args:
         llm: the bundle.
         limits: see `Limits`.
@@ -97,6 +99,7 @@ def create_app(
         redirect_slashes=False,
         responses={status: {"model": answers.Error, "description": "An error"} for status in ("4XX", "5XX")},
     )
+    app.state.end_all = engine.end_all
     app.add_middleware(_Gate, limits=limits, api_key=api_key, allowed_hosts=allowed_hosts, metrics=metrics)
 
     @app.exception_handler(RequestValidationError)
@@ -258,7 +261,7 @@ async def _respond(
     request: Request,
 ) -> Response:
     """The answer: JSON, or a stream that has its first token, so that what goes wrong before has a status."""
-    life = Lifetime(request.receive, engine.limits.seconds)
+    life = engine.begin(request.receive)
     chunks = engine.chunks(works, life)
     try:
         first = await anext(chunks)
@@ -416,6 +419,9 @@ class _Gate:
         if body is None:
             message = f"body: expected at most {self._limits.body_bytes} bytes"
             raise ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+        if (encoding := headers.get("content-encoding", "identity").lower()) != "identity":
+            message = f"Content-Encoding: expected none, got {encoding[:100]!a}"
+            raise ApiError(415, message, code="unsupported_encoding")
         if media_type != "application/json":
             message = f"Content-Type: expected application/json, got {media_type or 'none'}"
             raise ApiError(415, message, code="unsupported_media_type")

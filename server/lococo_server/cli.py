@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import functools
 import ipaddress
 import os
@@ -10,7 +11,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +22,8 @@ from lococo_runtime.cli import guarded
 from .app import create_app
 from .connection import Connection
 from .engine import Limits
+
+_LAST_SECONDS = 10  # for those whose time to drain is over to take their error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,12 +113,12 @@ def _serve(args: argparse.Namespace) -> int:
         port=args.port,
         log_level="info",
         access_log=False,
-        timeout_graceful_shutdown=args.drain_timeout,
+        timeout_graceful_shutdown=args.drain_timeout + _LAST_SECONDS,
         server_header=False,
     )
     # uvicorn sends itself the signal again when it has drained; being asked to end is no failure
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    server = _Server(config)
+    server = _Server(config, args.drain_timeout, app.state.end_all)
     server.run()
     return 0 if server.started else 1
 
@@ -128,7 +131,19 @@ def _pack(text: str) -> tuple[str, str]:
 
 
 class _Server(uvicorn.Server):
-    """Prints its address on stdout as soon as it takes requests: for whoever started it with --port 0."""
+    """Prints its address on stdout as soon as it takes requests: for whoever started it with --port 0.
+
+    When it shuts down it calls `end_all` after `drain_seconds`.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain_seconds: float, end_all: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._drain_seconds, self._end_all = drain_seconds, end_all
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._drain_seconds, self._end_all)
+        await super().shutdown(sockets)
+        timer.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

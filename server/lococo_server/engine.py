@@ -88,14 +88,21 @@ class Lifetime:
     Args:
         receive: the request's, its body read; the next message is that the client has gone.
         seconds: from now on.
+        on_close: called with this when the request has ended.
     """
 
-    def __init__(self, receive: Receive, seconds: float) -> None:
+    def __init__(self, receive: Receive, seconds: float, on_close: Callable[[Lifetime], object]) -> None:
+        self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self.began = self._loop.time()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self.reason: ApiError | ClientGoneError | None = None
-        late = ApiError(504, f"the request took more than {seconds:g} s; ask for fewer tokens", code="timeout")
+        late = ApiError(
+            504,
+            f"the request took more than {seconds:g} s; ask for fewer tokens",
+            code="timeout",
+            headers={"x-should-retry": "false"},  # OpenAI's word to its clients: it would take as long again
+        )
         self._deadline = self.began + seconds
         self._timer = self._loop.call_at(self._deadline, self.end, late)
         self._watch = asyncio.create_task(self._wait_for_disconnect(receive))
@@ -119,6 +126,7 @@ class Lifetime:
 
     def close(self) -> None:
         """The request has ended."""
+        self._on_close(self)
         self._timer.cancel()
         self._watch.cancel()
         self._over.cancel()
@@ -188,7 +196,20 @@ class Engine:
         self._waiting: deque[asyncio.Future[Session]] = deque()
         self._executor = ThreadPoolExecutor(self.num_sessions + 2, thread_name_prefix="lococo-serve")
         self._mean_seconds = 1.0  # of a request, moving
+        self._lives: set[Lifetime] = set()
+        self._all_free = asyncio.Event()
         metrics.state_bytes.set(llm.model.state_bytes)
+
+    def begin(self, receive: Receive) -> Lifetime:
+        """Of a request whose body has been read; close it."""
+        life = Lifetime(receive, self.limits.seconds, self._lives.discard)
+        self._lives.add(life)
+        return life
+
+    def end_all(self) -> None:
+        """Answers everybody who still waits with an error: there is no time left."""
+        for life in list(self._lives):
+            life.end(ApiError(503, "the server is shutting down", code="shutting_down"))
 
     async def call(self, function: Callable[..., T], *args: Any) -> T:
         """Runs a function in one of the engine's threads."""
@@ -316,9 +337,14 @@ class Engine:
             self._waiting.popleft().set_result(session)
         else:
             self._free.append(session)
+            self._all_free.set()
 
     async def close(self) -> None:
-        """Writes kept conversations and frees everything; no request may be running."""
+        """Ends what is running, writes kept conversations and frees everything."""
+        self.end_all()
+        while len(self._free) < self.num_sessions:
+            self._all_free.clear()
+            await self._all_free.wait()
         await asyncio.get_running_loop().run_in_executor(None, self._executor.shutdown)
         if self._snapshots is not None:
             self._snapshots.close()
