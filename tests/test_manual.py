@@ -49,6 +49,7 @@ SECONDS = 60  # for a server to start and to end; neither takes that long
 READ_ONLY = {"text", "{toctree}", "{eval-rst}"}  # the last two are tested by building the pages
 
 TOOLS = ("cc", "cmake", "curl", "pkg-config")  # that a fence may use, and that are not everywhere
+OTHER_FLAGS = {"--lococo-update-baseline", "--onnxruntime"}  # of pytest, and of python -m lococo_runtime
 
 # The tiny model on two cores is to be done in seconds. Of flags that are given twice the last ones count.
 SMALLER = {
@@ -399,6 +400,19 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_flags_in_the_text_exist() -> None:
+    """A sentence names flags as `lococo-run --chat`, or alone, as `--chat`."""
+    flags = {name: {f for a in parser_of(name)._actions for f in a.option_strings} for name in COMMANDS}
+    known = set().union(*flags.values(), OTHER_FLAGS)
+    for page in PAGES:
+        for token in markdown_it.MarkdownIt().parse(page.read_text(encoding="utf-8")):
+            for span in (child.content for child in token.children or () if child.type == "code_inline"):
+                program = span.split()[0]
+                if program in COMMANDS or program.startswith("--"):
+                    said = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", span))
+                    assert said <= flags.get(program, known), f"{page}: {span}"
 
 
 def test_figures_are_drawn_from_what_was_measured(tmp_path: Path) -> None:
