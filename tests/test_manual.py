@@ -92,7 +92,14 @@ def read_fences(page: Path) -> list[Fence]:
         if token.type in ("fence", "code_block"):
             kind = token.info.split()[0] if token.info else token.type
             fences.append(
-                Fence(name, token.map[0] + 2, kind, token.content, notes.get("file", ""), notes.get("test", ""))
+                Fence(
+                    name,
+                    token.map[0] + 1 + (token.type == "fence"),
+                    kind,
+                    token.content,
+                    notes.get("file", ""),
+                    notes.get("test", ""),
+                )
             )
         notes = {}
     return fences
@@ -420,6 +427,33 @@ def test_figures_are_drawn_from_what_was_measured(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "scripts" / "plot_measured.py", tmp_path], check=True)
     for name in ("cpu.svg", "quality.svg"):
         assert "<svg" in (tmp_path / name).read_text(encoding="utf-8")
+
+
+def test_fences_are_found(tmp_path: Path) -> None:
+    """In lists and by any marks, with their notes; also blocks that no test would know what to do with."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- file: a.c -->\n```c\nint x;\n```\n\n1. a step\n\n   <!-- test: needs a GPU -->\n   ~~~bash\n   ls"
+        "\n   ~~~\n\n<!-- test: far away -->\ntext\n\n    indented\n\n```\nwithout a kind\n```\n"
+    )
+    with mock.patch(f"{__name__}.ROOT", tmp_path):
+        found = [(f.line, f.kind, f.file, f.reason) for f in read_fences(page)]
+    assert found == [
+        (3, "c", "a.c", ""),
+        (10, "bash", "", "needs a GPU"),
+        (16, "code_block", "", ""),
+        (19, "fence", "", ""),
+    ]
+    assert not {"code_block", "fence"} & RUN.keys()
+
+
+def test_no_command_hides_in_plain_text() -> None:
+    for name, fences in FENCES.items():
+        for fence in fences:
+            if fence.kind == "text":
+                assert not re.findall(r"^(?:\$ |lococo-|pip |python )", fence.text, re.MULTILINE), (
+                    f"{name}:{fence.line}"
+                )
 
 
 def test_comments_say_what_fences_are() -> None:
