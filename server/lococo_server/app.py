@@ -307,26 +307,28 @@ class _EventStream(Response):
         self._events, self._chunks, self._life = events, chunks, life
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def write(data: str) -> None:
-            message = {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
-            # a client that reads nothing keeps the session no longer than the request may take
-            await asyncio.wait_for(send(message), self._life.seconds_left + 1)
-
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            try:
-                async for event in self._events:
-                    await write(json.dumps(event))
-                await write("[DONE]")
-            except (ApiError, LococoError) as e:
-                await write(json.dumps(from_exception(e).body))
-            await send({"type": "http.response.body", "body": b""})
+            # a client that reads nothing keeps the session no longer than the request may take
+            await asyncio.wait_for(self._send(send), self._life.seconds_left + 1)
         except (ClientGoneError, asyncio.TimeoutError):
             log.info("a stream ended because its client reads it no more")
         finally:
             await self._events.aclose()
             await self._chunks.aclose()
             self._life.close()
+
+    async def _send(self, send: Send) -> None:
+        async def write(data: str) -> None:
+            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for event in self._events:
+                await write(json.dumps(event))
+            await write("[DONE]")
+        except (ApiError, LococoError) as e:
+            await write(json.dumps(from_exception(e).body))
+        await send({"type": "http.response.body", "body": b""})
 
 
 class _Gate:

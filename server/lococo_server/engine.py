@@ -221,15 +221,22 @@ class Engine:
         Each work waits for a session of its own. An error of one ends all.
         """
         streams = [self._chunks(work, life) for work in works]
+        if len(streams) == 1:
+            try:
+                async for chunk in streams[0]:
+                    yield 0, chunk
+            finally:
+                await streams[0].aclose()
+            return
         waiting = {asyncio.ensure_future(anext(stream, None)): i for i, stream in enumerate(streams)}
         try:
             while waiting:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for future in done:
-                    chunk = future.result()
+                    chunk_or_none = future.result()
                     i = waiting.pop(future)
-                    if chunk is not None:
-                        yield i, chunk
+                    if chunk_or_none is not None:
+                        yield i, chunk_or_none
                         waiting[asyncio.ensure_future(anext(streams[i], None))] = i
         except BaseException as e:
             life.end(e if isinstance(e, ApiError) else ClientGoneError())
