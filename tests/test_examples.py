@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from bundles import export_text
 from lococo_runtime import LLM
 from test_bench import changed, plugin_options
-from test_llm import make_text_bundle
 from test_server import serving
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -43,7 +43,7 @@ def run(path: str, *arguments: str | Path, cwd: Path, stdin: str = "") -> subpro
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_bundle(tmp_path_factory.mktemp("examples"))
+    return export_text(tmp_path_factory.mktemp("examples") / "bundle")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_robot_goes_on_after_a_power_cut(llm: LLM, tmp_path: Path) -> None:
             sizes.add(path.stat().st_size)
     assert len(sizes) == 1
     again = robot.Memory(llm, path)
-    assert again.session.position == sum(len(f"line {i}\n") for i in range(30))
+    assert again.session.position == len("The robot's log:\n") + sum(len(f"line {i}\n") for i in range(30))
     assert again.ask("Where?") == memory.ask("Where?")
     again.session.close()
     memory.session.close()
@@ -102,7 +102,7 @@ def test_robot(bundle: Path, tmp_path: Path) -> None:
         reports = re.findall(
             r"^position ([\d,]+), (\d+) slots, state ([\d,]+) bytes, memory \d+ MiB$", done.stderr, re.M
         )
-        assert reports[-1][0] == f"{times * 50 * 32:,}"
+        assert reports[-1][0] == f"{17 + times * 50 * 32:,}"
         assert len({state for _, _, state in reports}) == 1
         assert max(int(slots) for _, slots, _ in reports) <= 40
 

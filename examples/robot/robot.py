@@ -32,6 +32,8 @@ class Memory:
         self.session = llm.model.session()
         if path.exists():
             self.session.load(path)
+        else:
+            self.sense("The robot's log:")
 
     def sense(self, line: str) -> None:
         """Reads what a sensor says."""
