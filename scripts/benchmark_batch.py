@@ -1,8 +1,9 @@
-"""Greedy decoding with N sessions in a batch against one session, on the CPU; writes JSON.
+"""Greedy decoding with N sessions in a batch against one session; writes JSON.
 
 Both sides decode in bursts of one window, a fusion and as many plain steps as lie between two; bursts alternate, so
 that a machine that drifts moves both. Throughputs and ratios are of median bursts; the first of each is warm-up.
-Usage: benchmark_batch.py MODEL_DIR TEXT_FILE OUT.json
+Usage: benchmark_batch.py MODEL_DIR TEXT_FILE OUT.json, on the CPU, for several N
+       benchmark_batch.py BUNDLE OUT.json --device cuda:0, for the N of a bundle with engines; reads random tokens
 """
 
 from __future__ import annotations
@@ -12,15 +13,29 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmark_cpu import BLOCK, MEM_SIZE, machine, summary, timed_ms
+import numpy as np
+from lococo_bench.device import open_device
+from lococo_bench.measure import build_commit, summary_ms
 from lococo_runtime import Batch, Model, Session
 from lococo_runtime._process import memory_bytes
+from lococo_runtime.bundle import read_manifest
 from lococo_runtime.llm import load_tokenizer
 
 from lococo_export import export_bundle, load_checkpoint
+
+
+def timed_ms(call: Callable[[], object]) -> float:
+    start = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - start) / 1e6
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {name if name == "samples" else f"{name}_ms": value for name, value in summary_ms(values).items()}
 
 
 def decode_alone(session: Session, steps: int) -> None:
@@ -33,9 +48,9 @@ def decode_together(batch: Batch, steps: int) -> None:
         batch.step(batch.sessions, [session.sample() for session in batch.sessions])
 
 
-def measure(bundle: Path, ids: list[int], bursts: int) -> dict[str, Any]:
+def measure(bundle: Path, ids: list[int], bursts: int, **options: str) -> dict[str, Any]:
     """One session and a full batch in turn; sessions stand a few tokens apart, so that they fuse at different steps."""
-    with Model(bundle) as model, model.session() as alone:
+    with Model(bundle, **options) as model, model.session() as alone:
         alone.prefill(ids[:1000])
         decode_alone(alone, 2)
         before = memory_bytes("RssAnon")
@@ -54,6 +69,7 @@ def measure(bundle: Path, ids: list[int], bursts: int) -> dict[str, Any]:
                 many_ms.append(timed_ms(lambda: decode_together(batch, window)))
             result = {
                 "sessions": batch.size,
+                "implementation": batch.implementation,
                 "one": {"tokens_per_s": window / statistics.median(one_ms[1:]) * 1e3, "burst": summary(one_ms[1:])},
                 "batch": {
                     "tokens_per_s": window * batch.size / statistics.median(many_ms[1:]) * 1e3,
@@ -72,12 +88,24 @@ def measure(bundle: Path, ids: list[int], bursts: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("text", type=Path)
+    parser.add_argument("text", type=Path, nargs="?")
     parser.add_argument("out", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 2, 4, 16], metavar="N", help="(default 8 2 4 16)")
+    parser.add_argument("--device", metavar="D", help="cuda:0 and on: MODEL_DIR is a bundle with engines")
     parser.add_argument("--bursts", type=int, default=12, help="of each side (default 12)")
     parser.add_argument("--note", help="a remark on the machine, kept in the file")
     args = parser.parse_args()
+    if args.device:
+        with args.out.open("w") as out:
+            ids = np.random.default_rng(0).integers(3, read_manifest(args.model).model.vocab_size, 3000).tolist()
+            result = measure(args.model, ids, args.bursts, device=args.device, backend="tensorrt")
+            json.dump({"commit": build_commit(), **open_device(args.device).describe(), **result}, out, indent=2)
+        print(f"{result['sessions']} sessions, {result['implementation']}: {result['ratio']:.2f} times one")
+        return
+    if args.text is None:
+        parser.error("on the CPU it needs TEXT_FILE")
+
+    from benchmark_cpu import BLOCK, MEM_SIZE, machine  # needs ONNX Runtime's Python package
 
     checkpoint = load_checkpoint(args.model, policy="h2o", mem_size=MEM_SIZE, block_size=BLOCK)
     results = []

@@ -21,8 +21,9 @@ import numpy as np
 import onnxruntime
 import torch
 import transformers
+from benchmark_batch import summary, timed_ms
 from lococo_bench.device import cpu_name
-from lococo_bench.measure import build_commit, summary_ms
+from lococo_bench.measure import build_commit
 from lococo_runtime import Model, Session
 from lococo_runtime._process import memory_bytes
 from lococo_runtime.llm import load_tokenizer
@@ -31,12 +32,6 @@ from lococo_export import export_bundle, load_checkpoint
 
 MEM_SIZE = BLOCK = 256
 BURST = 17  # one window of decoding: a fusion and 16 plain steps
-
-
-def timed_ms(call: Callable[[], object]) -> float:
-    start = time.perf_counter_ns()
-    call()
-    return (time.perf_counter_ns() - start) / 1e6
 
 
 def interleave(sides: dict[str, Callable[[], object]], bursts: int) -> dict[str, list[float]]:
@@ -49,10 +44,6 @@ def interleave(sides: dict[str, Callable[[], object]], bursts: int) -> dict[str,
             if burst:
                 times[name] += values
     return times
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    return {name if name == "samples" else f"{name}_ms": value for name, value in summary_ms(values).items()}
 
 
 class Steps:

@@ -34,7 +34,7 @@ def export_benchmark(target: Path, model: Path | None) -> None:
     if model is None:
         model = target.with_name(f"{target.name}-checkpoint")
         make_checkpoint(model, LococoConfig(512, 256, 512), **SMOLLM2)
-    export_bundle(load_checkpoint(model), target, dtype="float16", force=True)
+    export_bundle(load_checkpoint(model), target, dtype="float16", batch=8, force=True)
 
 
 if __name__ == "__main__":
