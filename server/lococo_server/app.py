@@ -246,7 +246,7 @@ def _find(tree: Any, key: str, value: str) -> list[Json]:
 
 def _streamed(model: type[BaseModel]) -> dict[int | str, Json]:
     """Of an answer that can be a stream."""
-    events = {"schema": {"type": "string", "description": "server-sent events: chunks as JSON, then [DONE]"}}
+    events = {"schema": {"description": "server-sent events: the answer in chunks, each as JSON, then [DONE]"}}
     return {200: {"model": model, "content": {"text/event-stream": events}}}
 
 
