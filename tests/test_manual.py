@@ -405,7 +405,7 @@ def test_snippet(name: str, index: int, pages: dict[str, Page], monkeypatch: pyt
 
 
 def test_links_lead_somewhere() -> None:
-    for page in PAGES:
+    for page in [*PAGES, *(ROOT / "examples").rglob("*.md"), *(ROOT / "heads").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page}: {target}"
 
