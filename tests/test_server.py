@@ -26,6 +26,7 @@ import pytest
 from bundles import EOS, export_text
 from lococo_runtime import LLM, Batch, CancelledError, SamplingParams, TokenIdError
 from lococo_server.batching import SharedSteps
+from lococo_server.cli import main as serve_main
 from lococo_server.metrics import Metrics
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
@@ -164,6 +165,27 @@ def test_the_address_is_printed(bundle: Path) -> None:
             process.terminate()
         assert process.stdout.read() == ""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--port 65536", "expected 0 to 65535"),
+        ("--port -1", "expected 0 to 65535"),
+        ("--sessions 0", "sessions: expected at least 1"),
+        ("--timeout nan", "seconds: expected more than 0"),
+        ("--max-body-bytes 0", "body_bytes: expected at least 1"),
+        ("--pack a=b --pack a=c", "each name once"),
+        ("--pack =b", "expected NAME=FILE"),
+    ],
+)
+def test_flags_that_are_refused(bundle: Path, options: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = serve_main([str(bundle), *options.split()])
+    except SystemExit as e:  # argparse's
+        code = e.code
+    assert code != 0
+    assert said in capfd.readouterr().err
 
 
 def test_models(server: Server, client: openai.OpenAI, llm: LLM) -> None:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("bundle", type=Path, help="directory made by lococo-export")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="0 = any that is free (8000)")
+    parser.add_argument("--port", type=_port, default=8000, help="0 = any that is free (8000)")
     parser.add_argument("--model-name", metavar="NAME", help="what clients call it (the directory's name)")
     parser.add_argument(
         "--allow-host",
@@ -121,6 +121,12 @@ def _serve(args: argparse.Namespace) -> int:
     server = _Server(config, args.drain_timeout, app.state.end_all)
     server.run()
     return 0 if server.started else 1
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"expected 0 to 65535, got {text!r}")
+    return int(text)
 
 
 def _pack(text: str) -> tuple[str, str]:

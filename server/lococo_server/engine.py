@@ -62,7 +62,7 @@ class Limits:
 
     sessions: int | None = None
     batch: bool = True
-    queue: int = 64
+    queue: int = 256
     keep: int = 16
     body_bytes: int = 1 << 20
     head_seconds: float = 10.0
