@@ -731,6 +731,20 @@ def test_slow_headers_are_given_up(server: Server) -> None:
             assert b" 408 " in trickling.recv(1000)
 
 
+def test_connections_have_a_limit(bundle: Path) -> None:
+    with serving(bundle, "--max-connections", "2") as server:
+        with server.socket(), server.socket():
+            with server.client() as client, pytest.raises(openai.InternalServerError) as error:
+                client.models.list()
+            assert error.value.code == "too_many_connections"
+        for _ in range(100):
+            if server.request("GET", "/health")[0] == 200:
+                break
+            time.sleep(0.1)  # it takes note of the closed ones
+        else:
+            pytest.fail("the server takes no connection any more")
+
+
 def test_a_body_that_goes_on_after_its_answer_is_given_up(server: Server) -> None:
     with server.socket() as s:
         s.sendall(b"PUT /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")

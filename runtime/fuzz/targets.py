@@ -271,7 +271,7 @@ def http_connection(data: bytes) -> bool:
 
     async def connect() -> bytes:
         state, wire = ServerState(), Wire()
-        connection = Connection(head_seconds=10, config=server().config, server_state=state, app_state={})
+        connection = Connection(head_seconds=10, most=1, config=server().config, server_state=state, app_state={})
         connection.connection_made(wire)
         cut = 1 + (data[0] if data else 0)
         for piece in (data[1:cut], data[cut:]):

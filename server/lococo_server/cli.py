@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     limit("--max-queue", "queue", int, "N", "requests that wait; beyond, 429")
     limit("--keep", "keep", int, "N", "conversations whose state is kept")
+    limit("--max-connections", "connections", int, "N", "at once; beyond, 503")
     limit("--max-body-bytes", "body_bytes", int, "N", "of a request; beyond, 413")
     limit("--head-timeout", "head_seconds", float, "S", "seconds for a request's headers to arrive")
     limit("--body-timeout", "body_seconds", float, "S", "seconds for a body to arrive; beyond, 408")
@@ -107,7 +108,9 @@ def _serve(args: argparse.Namespace) -> int:
     )
     config = uvicorn.Config(
         app,
-        http=cast("type[Connection]", functools.partial(Connection, head_seconds=limits.head_seconds)),
+        http=cast(
+            "type[Connection]", functools.partial(Connection, head_seconds=limits.head_seconds, most=limits.connections)
+        ),
         ws="none",
         host=args.host,
         port=args.port,

@@ -23,11 +23,13 @@ class Connection(H11Protocol):
     Args:
         head_seconds: for a request's line and headers to arrive, and for the rest of a body that was answered before
             its end.
+        most: connections at once; one more is told so and closed.
         **options: as uvicorn's.
     """
 
-    def __init__(self, *, head_seconds: float, **options: Any) -> None:
+    def __init__(self, *, head_seconds: float, most: int, **options: Any) -> None:
         super().__init__(**options)
+        self._most = most
         self._head_seconds = head_seconds
         self._head_timer: asyncio.TimerHandle | None = None
         self._refused = False
@@ -35,6 +37,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._watch_head()
+        if len(self.connections) > self._most:
+            self._refuse(ApiError(503, f"{self._most} connections are open already", code="too_many_connections"))
 
     def data_received(self, data: bytes) -> None:
         if not self._refused:

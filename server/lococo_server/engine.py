@@ -49,6 +49,7 @@ class Limits:
             there, but one alone takes as long as all of them.
         queue: requests that wait for one of them; beyond, 429.
         keep: conversations whose state is kept for their next turn; 0 keeps none.
+        connections: at once; beyond, 503.
         body_bytes: of a request; beyond, 413.
         head_seconds: for a request's headers to arrive; beyond, 408.
         body_seconds: for a body to arrive; beyond, 408.
@@ -64,6 +65,7 @@ class Limits:
     batch: bool = True
     queue: int = 256
     keep: int = 16
+    connections: int = 1000
     body_bytes: int = 1 << 20
     head_seconds: float = 10.0
     body_seconds: float = 30.0
@@ -74,7 +76,7 @@ class Limits:
     def __post_init__(self) -> None:
         if self.sessions is not None and self.sessions < 1:
             raise InvalidArgumentError(f"sessions: expected at least 1, got {self.sessions}")
-        for name, low in (("queue", 0), ("keep", 0), ("body_bytes", 1), ("prompt_tokens", 1)):
+        for name, low in (("queue", 0), ("keep", 0), ("connections", 1), ("body_bytes", 1), ("prompt_tokens", 1)):
             if getattr(self, name) < low:
                 raise InvalidArgumentError(f"{name}: expected at least {low}, got {getattr(self, name)}")
         for name in ("new_tokens", "head_seconds", "body_seconds", "seconds"):
