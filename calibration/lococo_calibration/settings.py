@@ -73,7 +73,7 @@ class FitSettings:
     seed: int = _option(0, "of initial heads, order and split; repeats a run")
     held_out: float = _option(0.1, "share of documents kept for evaluation")
     init_std: float = _option(0.3, "standard deviation of initial convolution weights")
-    init_normalizer: float = _option(0.5, "initial normalizers: 0 copies, 1 mixes")
+    init_normalizer: float = _option(0.05, "initial normalizers: 0 copies, 1 mixes")
     init_from: str = _option("", "checkpoint whose heads to begin with")
 
     dtype: str = _option("auto", "of model and cache: fp32, bf16; auto is bf16 on a GPU, else fp32")
