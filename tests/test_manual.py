@@ -172,6 +172,7 @@ class Page:
     world: Path
     names: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
     next: int = 0
+    lacks: str = ""  # a tool without which the rest of the page has no ground
     server: subprocess.Popen[str] | None = None
     port: int = field(default_factory=free_port)
 
@@ -197,7 +198,9 @@ class Page:
         while self.next <= index:
             fence = self.fences[self.next]
             self.next += 1
-            if not why_not(fence):
+            if reason := self.lacks or why_not(fence):
+                self.lacks = reason if reason.removeprefix("needs ") in TOOLS else ""
+            else:
                 RUN[fence.kind](self, fence)
 
     def write(self, fence: Fence) -> bool:
@@ -400,7 +403,7 @@ def test_snippet(name: str, index: int, pages: dict[str, Page], monkeypatch: pyt
     monkeypatch.chdir(page.folder)
     monkeypatch.setenv("LOCOCO_ONNXRUNTIME", _c_api.find_onnxruntime() or "")
     page.run_to(index)
-    if reason := why_not(fence):
+    if reason := page.lacks or why_not(fence):
         pytest.skip(reason)
 
 
