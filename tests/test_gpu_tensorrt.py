@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -320,6 +321,20 @@ def test_a_seed_gives_the_same_text_on_both() -> None:
             for one, other in zip(ours.logprobs or [], theirs.logprobs or [], strict=True):
                 assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
                 assert list(one.top) == list(other.top)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, cc")
+def test_a_c_program_runs_on_the_gpu(tmp_path: Path) -> None:
+    root, library, program = Path(__file__).parents[1], c.library_path(), tmp_path / "generate"
+    link = [library, f"-Wl,-rpath,{library.parent}"]
+    source = root / "examples" / "c" / "generate.c"
+    subprocess.run(["cc", "-std=c11", source, f"-I{root / 'runtime' / 'include'}", *link, "-o", program], check=True)
+    environment = {**os.environ, "LOCOCO_DEVICE": "cuda:0", "LOCOCO_BACKEND": "tensorrt"}
+    command = [program, BUNDLES / "c1_baseline", "60", "5", "6", "7"]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    with gpu_session("c1_baseline") as session:
+        tokens = session.generate_all([5, 6, 7], SamplingParams(max_tokens=60))
+        assert out.splitlines()[0].split() == ["tokens", *map(str, tokens)]
 
 
 # --- threads, memory -------------------------------------------------------------------------------------------------

@@ -29,9 +29,8 @@ int main(int argc, char** argv) {
   }
   check_abi();
   const int32_t max_tokens = (int32_t)strtol(argv[2], NULL, 10);
-  lococo_model* model = NULL;
+  lococo_model* model = open_model(argv[1]);
   lococo_session* session = NULL;
-  check(lococo_model_open(argv[1], NULL, &model));
   check(lococo_session_create(model, &session));
 
   reply r = {0, 1};

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "device.h"
 #include "lococo.hpp"
 
 int main(int argc, char** argv) try {
@@ -12,7 +13,8 @@ int main(int argc, char** argv) try {
     std::cerr << "usage: " << argv[0] << " BUNDLE MAX_TOKENS\n";
     return 2;
   }
-  const lococo::Model model = lococo::open_model(argv[1]);
+  const lococo_options options = chosen_device();
+  const lococo::Model model = lococo::open_model(argv[1], &options);
   const lococo::Session session = lococo::create_session(model);
   const int32_t max_tokens = std::stoi(argv[2]);
 

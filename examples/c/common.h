@@ -1,4 +1,4 @@
-/* common.h - what the C examples share: a check that ends the program, and token ids from lines of text. */
+/* common.h - what the C examples share: checks that end the program, opening a bundle, token ids from lines of text. */
 #ifndef COMMON_H
 #define COMMON_H
 
@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "lococo.h"
+#include "device.h"
 
 static inline void check(lococo_status status) {
   if (status == LOCOCO_OK) return;
@@ -19,6 +19,13 @@ static inline void check_abi(void) {
   fprintf(stderr, "liblococo has ABI %" PRId32 ", this program was built for %d\n", lococo_abi_version(),
           LOCOCO_ABI_VERSION);
   exit(2);
+}
+
+static inline lococo_model* open_model(const char* bundle) {
+  const lococo_options options = chosen_device();
+  lococo_model* model = NULL;
+  check(lococo_model_open(bundle, &options, &model));
+  return model;
 }
 
 typedef struct id_list {

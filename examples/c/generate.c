@@ -29,9 +29,8 @@ int main(int argc, char** argv) {
   for (size_t i = 0; i < n; ++i) ids[i] = (int32_t)strtol(argv[3 + i], NULL, 10);
 
   lococo_set_log_callback(print_log, NULL);
-  lococo_model* model = NULL;
+  lococo_model* model = open_model(argv[1]);
   lococo_session* session = NULL;
-  check(lococo_model_open(argv[1], NULL, &model));
   check(lococo_session_create(model, &session));
   check(lococo_session_prefill(session, ids, n, NULL));
   free(ids);

@@ -44,9 +44,8 @@ int main(int argc, char** argv) {
     return 2;
   }
   check_abi();
-  lococo_model* model = NULL;
+  lococo_model* model = open_model(argv[2]);
   lococo_session* session = NULL;
-  check(lococo_model_open(argv[2], NULL, &model));
   check(lococo_session_create(model, &session));
   if (saves) {
     save(session, argv[3]);

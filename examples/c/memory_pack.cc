@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "device.h"
 #include "lococo.hpp"
 
 namespace {
@@ -26,7 +27,8 @@ int main(int argc, char** argv) try {
     std::cerr << "usage: " << argv[0] << " BUNDLE PACK MAX_TOKENS\n";
     return 2;
   }
-  const lococo::Model model = lococo::open_model(argv[1]);
+  const lococo_options options = chosen_device();
+  const lococo::Model model = lococo::open_model(argv[1], &options);
   const lococo::Session pack = lococo::create_session(model);
   if (std::ifstream(argv[2]).good()) {
     lococo::check(lococo_session_load(pack.get(), argv[2]));

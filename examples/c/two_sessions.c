@@ -37,8 +37,7 @@ int main(int argc, char** argv) {
   }
   check_abi();
   const int32_t num_tokens = (int32_t)strtol(argv[2], NULL, 10);
-  lococo_model* model = NULL;
-  check(lococo_model_open(argv[1], NULL, &model));
+  lococo_model* model = open_model(argv[1]);
 
   task tasks[2];
   pthread_t threads[2];

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "device.h"
 #include "lococo.hpp"
 
 namespace {
@@ -27,7 +28,8 @@ int main(int argc, char** argv) try {
     std::cerr << "usage: " << argv[0] << " BUNDLE NUM_TOKENS ID ID\n";
     return 2;
   }
-  const lococo::Model model = lococo::open_model(argv[1]);
+  const lococo_options options = chosen_device();
+  const lococo::Model model = lococo::open_model(argv[1], &options);
   std::vector<std::future<std::vector<int32_t>>> results;
   for (const int i : {3, 4}) {
     results.push_back(
