@@ -24,7 +24,7 @@ import numpy as np
 import openai
 import pytest
 from bundles import EOS, export_text
-from lococo_runtime import LLM, Batch, CancelledError, SamplingParams, TokenIdError
+from lococo_runtime import LLM, Batch, CancelledError, SamplingParams, SessionPool, TokenIdError
 from lococo_server.batching import SharedSteps
 from lococo_server.cli import main as serve_main
 from lococo_server.metrics import Metrics
@@ -976,6 +976,18 @@ def test_kept_conversations_have_a_limit(bundle: Path) -> None:
     with serving(bundle, "--keep", "0") as server, server.client() as client:
         next_turn(client, talks[0])
         assert next_turn(client, talks[0]).prompt_tokens_details.cached_tokens == 0
+
+
+def test_states_of_others_are_let_alone(bundle: Path, llm: LLM, tmp_path: Path) -> None:
+    with SessionPool(llm.model, tmp_path, max_sessions=1) as pool, pool.acquire("mine") as session:
+        session.prefill([1, 2, 3])
+    with serving(bundle, "--keep", "1", "--state-dir", str(tmp_path)) as server, server.client() as client:
+        for _ in range(2):
+            next_turn(client, [])
+        assert server.stop() == 0
+    with SessionPool(llm.model, tmp_path, max_sessions=1) as pool:
+        assert len(pool.sessions()) == 2
+        assert "mine" in pool
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--sessions", type=int, metavar="N", help="requests that run at once (8, or as many as are stepped together)"
     )
     limit("--max-queue", "queue", int, "N", "requests that wait; beyond, 429")
-    limit("--keep", "keep", int, "N", "conversations whose state is kept")
+    limits.add_argument(
+        "--keep", type=int, metavar="N", help="states kept for a next turn (256 with --state-dir, else 16)"
+    )
     limit("--max-connections", "connections", int, "N", "at once; beyond, 503")
     limit("--max-body-bytes", "body_bytes", int, "N", "of a request; beyond, 413")
     limit("--head-timeout", "head_seconds", float, "S", "seconds for a request's headers to arrive")

@@ -86,10 +86,12 @@ class Connection(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            heads_only = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
             response = error.response()
             headers = [*response.raw_headers, (b"connection", b"close")]
             self.transport.write(self.conn.send(h11.Response(status_code=error.status, headers=headers)) or b"")
-            self.transport.write(self.conn.send(h11.Data(data=bytes(response.body))) or b"")
+            body = b"" if heads_only else bytes(response.body)
+            self.transport.write(self.conn.send(h11.Data(data=body)) or b"")
             self.transport.write(self.conn.send(h11.EndOfMessage()) or b"")
             self.transport.write_eof()
             self.loop.call_later(_LINGER_SECONDS, self.transport.close)

@@ -34,6 +34,7 @@ from .snapshots import Origin, Pack, Snapshots
 log = logging.getLogger("lococo_server")
 
 _SESSIONS = 8
+_KEEP_IN_MEMORY, _KEEP_ON_DISK = 16, 256
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class Limits:
         batch: steps them together if the bundle can (`lococo-export --batch`). An answer never depends on who else is
             there, but one alone takes as long as all of them.
         queue: requests that wait for one of them; beyond, 429.
-        keep: conversations whose state is kept for their next turn; 0 keeps none.
+        keep: states that are kept for a conversation's next turn; 0 keeps none. None: 256 on disk, 16 in memory.
         connections: at once; beyond, 503.
         body_bytes: of a request; beyond, 413.
         head_seconds: for a request's headers to arrive; beyond, 408.
@@ -64,7 +65,7 @@ class Limits:
     sessions: int | None = None
     batch: bool = True
     queue: int = 256
-    keep: int = 16
+    keep: int | None = None
     connections: int = 1000
     body_bytes: int = 1 << 20
     head_seconds: float = 10.0
@@ -74,10 +75,9 @@ class Limits:
     seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.sessions is not None and self.sessions < 1:
-            raise InvalidArgumentError(f"sessions: expected at least 1, got {self.sessions}")
-        for name, low in (("queue", 0), ("keep", 0), ("connections", 1), ("body_bytes", 1), ("prompt_tokens", 1)):
-            if getattr(self, name) < low:
+        lows = {"sessions": 1, "queue": 0, "keep": 0, "connections": 1, "body_bytes": 1, "prompt_tokens": 1}
+        for name, low in lows.items():
+            if getattr(self, name) is not None and getattr(self, name) < low:
                 raise InvalidArgumentError(f"{name}: expected at least {low}, got {getattr(self, name)}")
         for name in ("new_tokens", "head_seconds", "body_seconds", "seconds"):
             if not 0 < getattr(self, name) < 2**31:
@@ -189,9 +189,10 @@ class Engine:
                 "export it with a larger --batch, or serve with --no-batch"
             )
         self._snapshots = None
-        if limits.keep:
+        keep = limits.keep if limits.keep is not None else _KEEP_IN_MEMORY if state_dir is None else _KEEP_ON_DISK
+        if keep:
             self._snapshots = Snapshots(
-                llm, keep=limits.keep, directory=state_dir, in_memory=self.num_sessions, metrics=metrics
+                llm, keep=keep, directory=state_dir, in_memory=self.num_sessions, metrics=metrics
             )
         self._free = [llm.model.session() for _ in range(self.num_sessions)]
         self._steps = None if batch is None else SharedSteps(batch, metrics)

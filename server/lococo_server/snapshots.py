@@ -170,7 +170,7 @@ class Snapshots:
         return True
 
     def _forget_beyond_limit(self) -> None:
-        names = list(self._pool.sessions())  # least recently used first
+        names = [name for name in self._pool.sessions() if _NAME.fullmatch(name)]  # least recently used first
         for name in names[: max(0, len(names) - self._keep)]:
             self._pool.remove(name)
         self._metrics.snapshots.set(min(len(names), self._keep))
