@@ -134,6 +134,15 @@ def _verify(args: argparse.Namespace) -> int:
     from .reference import ReferenceModel
     from .verify import Tolerance, checkpoint_of, perplexities, verify_bundle
 
+    for flag, value, least in (
+        ("--prefill", args.prompt_tokens, 1),
+        ("--steps", args.steps, 0),
+        ("--perplexity", args.perplexity, 0),
+        ("--seed", args.seed, 0),
+        ("--atol", 0 if args.atol is None else args.atol, 0),
+    ):
+        if not value >= least:  # nor nan
+            raise InvalidArgumentError(f"{flag}: expected at least {least}, got {value}")
     backend = args.backend or backend_of(args.device)
 
     def show(done: int, total: int) -> None:
@@ -191,8 +200,6 @@ def _verify_ids(args: argparse.Namespace, vocab_size: int) -> list[int]:
     from lococo_runtime.llm import load_tokenizer
 
     count = max(args.prompt_tokens + args.steps, args.perplexity)
-    if args.prompt_tokens < 1 or args.steps < 0:
-        raise InvalidArgumentError("--prompt-tokens: expected at least 1; --steps: expected at least 0")
     if args.text is None:
         random: list[int] = np.random.default_rng(args.seed).integers(0, vocab_size, count).tolist()
         return random

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lococo_runtime import InvalidArgumentError
-from lococo_runtime.cli import backend_of, guarded, show_step
+from lococo_runtime.cli import backend_of, check_writable, guarded, show_step
 
 from .against import IMPLEMENTATIONS, Against, check_implementations, import_torch
 from .measure import Bench, Plan, Row
@@ -72,6 +72,12 @@ def _bench(args: argparse.Namespace) -> int:
         args.repetitions,
         args.depth_by,
     )
+    if not (plan.n_prompt or plan.n_gen):
+        raise InvalidArgumentError("nothing to measure: expected -p or -n above 0")
+    if not args.fail_above >= 1:
+        raise InvalidArgumentError(f"--fail-above: expected at least 1, got {args.fail_above}")
+    if args.plot:
+        check_writable(args.plot)  # before minutes of measuring
     if args.against and args.model is None:
         raise InvalidArgumentError("--against: expected --model, the checkpoint that the bundle was made from")
     implementations = IMPLEMENTATIONS if args.against == "torch" else tuple((args.against or "").split(","))

@@ -70,6 +70,8 @@ class CpuDevice:
 
     def __init__(self, num_threads: int = 0) -> None:
         self.index: int | None = None
+        if num_threads < 0:
+            raise InvalidArgumentError(f"num_threads: expected 0 or more, got {num_threads}")
         self.num_threads = num_threads or len(os.sched_getaffinity(0))
 
     def synchronize(self) -> None:

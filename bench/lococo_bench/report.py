@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lococo_runtime import InvalidArgumentError, NotFoundError
+from lococo_runtime import InvalidArgumentError, NotFoundError, StorageError
 
 from .measure import Row
 
@@ -53,17 +53,18 @@ def read_rows(path: Path) -> list[Row]:
     """Rows of a file written as json or jsonl.
 
     Raises:
-        NotFoundError: no such file.
+        NotFoundError, StorageError: no such file, or one that cannot be read.
         InvalidArgumentError: another content.
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as e:
-        raise NotFoundError(f"{path}: not found; write it with lococo-bench -o json") from e
-    try:
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
         for row in rows:
             test_key(row)
+    except FileNotFoundError as e:
+        raise NotFoundError(f"{path}: not found; write it with lococo-bench -o json") from e
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be read: {e.strerror or e}") from e
     except (ValueError, KeyError, TypeError) as e:
         raise InvalidArgumentError(f"{path}: expected rows of lococo-bench -o json or jsonl: {e}") from e
     if not rows:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lococo_runtime import InvalidArgumentError, NotFoundError
+from lococo_runtime import InvalidArgumentError
 from lococo_runtime._exceptions import ConfigError
 from lococo_runtime.bundle import storage_error
-from lococo_runtime.cli import guarded
+from lococo_runtime.cli import guarded, read_text
 
 POLICY_NAMES = ("full", "lococo", "h2o", "streaming")
 
@@ -68,10 +68,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        document: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise NotFoundError(f"{path}: not found") from e
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        document: dict[str, Any] = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{path}: not valid TOML: {e}") from e
     return {key.replace("-", "_"): value for key, value in document.items()}
 

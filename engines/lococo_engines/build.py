@@ -82,6 +82,7 @@ def choose(recipe: str, target: str | None, bundle: str | os.PathLike[str] = "BU
     if target is not None:
         chosen = load_recipe("rtx" if recipe == "auto" else recipe)
         return chosen, Target(_parse_target(target, chosen), None)
+    named = None if recipe == "auto" else load_recipe(recipe)
     try:
         device = query_device()
     except UnsupportedError as e:
@@ -91,7 +92,7 @@ def choose(recipe: str, target: str | None, bundle: str | os.PathLike[str] = "BU
             "For RTX PCs they can be built here, without a GPU:\n"
             f"  pip install tensorrt-rtx-cu13 && lococo-build {os.fspath(bundle)} --target rtx:sm86,sm89,sm120"
         ) from e
-    chosen = recipe_for(device) if recipe == "auto" else load_recipe(recipe)
+    chosen = recipe_for(device) if named is None else named
     if device.sm not in chosen.sm:
         raise UnsupportedError(
             f"recipe {chosen.name}: expected a device of {_names(chosen.sm)}, found {device}; pass --recipe auto"

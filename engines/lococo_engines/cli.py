@@ -53,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     read_manifest(args.bundle)  # a wrong path is the likelier mistake: say so first
+    workspace_bytes = _workspace(args.mem_pool_size) if args.mem_pool_size else None
     recipe, target = choose(args.recipe, args.target, args.bundle)
     recipe = recipe.replace(
         builder_optimization_level=args.builder_optimization_level,
-        workspace_bytes=_workspace(args.mem_pool_size) if args.mem_pool_size else None,
+        workspace_bytes=workspace_bytes,
         hardware_compatibility_level=args.hardware_compatibility_level,
         version_compatible=args.version_compatible,
         precision=args.precision,

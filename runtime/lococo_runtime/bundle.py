@@ -607,7 +607,9 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     path = Path(bundle) / MANIFEST_NAME
     try:
         text = read_bounded(path)
-    except (FileNotFoundError, NotADirectoryError) as e:
+    except NotADirectoryError as e:
+        raise NotFoundError(f"{bundle}: expected a bundle directory as written by lococo-export, got a file") from e
+    except FileNotFoundError as e:
         raise NotFoundError(f"{path}: not found; expected a bundle directory as written by lococo-export") from e
     except OSError as e:
         raise StorageError(f"{path}: cannot be read: {e.strerror or e}") from e

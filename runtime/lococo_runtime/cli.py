@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ._exceptions import InvalidArgumentError, LococoError, NotFoundError, StorageError
+from ._exceptions import EmptyPromptError, InvalidArgumentError, LococoError, NotFoundError, StorageError
 from .bundle import Manifest, read_manifest
 from .chat import Chat
 from .completion import CompletionStream
@@ -26,6 +27,7 @@ def guarded(main: Callable[[], int]) -> int:
 
     So does an error of stdout, and a reader that has gone away (`| head`) ends the command without a word.
     """
+    _open_streams()
     try:
         return main()
     except LococoError as e:
@@ -37,6 +39,16 @@ def guarded(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     return 1
+
+
+def _open_streams() -> None:
+    """Makes sys.stdin, stdout and stderr usable: closed ones are empty, what an encoding lacks is escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for the rest of the process
+        elif isinstance(stream, io.TextIOWrapper) and stream.writable() and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def backend_of(device: str) -> str:
@@ -127,6 +139,8 @@ def _run(args: argparse.Namespace) -> int:
         grammar = Grammar.regex(args.regex)
     text = (read_text(args.file) if args.file else "") + ("" if args.chat else args.prompt or "")
     if not (text or args.load_state or args.chat):
+        if args.file:
+            raise EmptyPromptError(f"{args.file}: expected some text, got an empty file")
         raise InvalidArgumentError("nothing to read: pass --prompt, --file, --load-state or --chat")
     backend = args.backend or backend_of(args.device)
     options = {"device": args.device, "backend": backend, "num_threads": args.threads}
