@@ -211,6 +211,7 @@ def test_run_converses_and_keeps_the_state(
 def test_a_message_that_fails_leaves_the_conversation(
     chat_command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("llguidance")
     monkeypatch.setattr("sys.stdin", io.StringIO("\ud800\nHello\n"))
     assert run_main([*chat_command, "--regex", "[ab]{4}"]) == 1
     said = capsys.readouterr()
@@ -219,6 +220,7 @@ def test_a_message_that_fails_leaves_the_conversation(
 
 
 def test_run_writes_what_it_is_told_to(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llguidance")
     common = [str(bundle), "--prompt", "x", "--max-tokens", "60", "--temperature", "1"]
     (tmp_path / "schema.json").write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 3}')
     assert run_main([*common, "--json-schema", str(tmp_path / "schema.json")]) == 0
@@ -255,6 +257,7 @@ def test_a_stdout_that_takes_no_more(cpu: Backend, reader: str) -> None:
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(chat_command: list[str]) -> None:
+    pytest.importorskip("llguidance")
     script = "import sys; from lococo_runtime.cli import run_main; sys.exit(run_main(sys.argv[1:]))"
     flags = ["--max-tokens", "100000000", "--regex", "(abc ){5000}"]
     with subprocess.Popen(
