@@ -724,7 +724,7 @@ def test_shipped_heads_are_whole() -> None:
     assert all(bool(torch.isfinite(t).all()) for t in tensors.values())
     assert all(0 <= float(tensors[f"layers.{i}.normalizer"]) <= 1 for i in range(30))
     card = (folder / "README.md").read_text()
-    measured = json.loads((folder.parent.parent / "docs" / "quality" / "reported" / "m128.json").read_text())
+    measured = json.loads((folder.parent.parent / "docs" / "quality" / "final" / "m128.json").read_text())
     for row in measured["perplexity"]:  # the card says what was measured
         line = f"| {row['kind']} | {row['regime']} | {row['context']:,} |"
         assert f"{row['perplexity']:.3f}" in next(found for found in card.splitlines() if found.startswith(line))
