@@ -3,6 +3,7 @@
 // probabilities reach memory. The sums are made in a fixed order: the same input gives the same bits.
 #include <cfloat>
 #include <climits>
+#include <type_traits>
 
 #include "trt/ops/gemm.cuh"
 
@@ -57,30 +58,22 @@ __global__ void __launch_bounds__(kGemmThreads) linear_kernel(const __grid_const
       });
 }
 
-// The tallest tiles that give every multiprocessor work: they read the least.
-int tile_rows(int columns, int M, const Launcher& launch) {
-  for (const int rows : {128, 64}) {
-    if (columns * ceil_div(M, rows) >= launch.multiprocessors()) return rows;
-  }
-  return 32;
-}
-
-template <typename T, int kRows>
-void linear_of(const LinearArguments<T>& p, Launcher& launch) {
-  const dim3 grid(ceil_div(p.N, kTile), ceil_div(p.M, kRows));
-  launch(linear_kernel<T, kRows>, grid, kGemmThreads, GemmTile<T, kRows>::kBytes, p);
+// body(rows), a constant: the tallest tiles that give every multiprocessor work, because they read the least.
+template <typename F>
+void with_tile_rows(int columns, int M, const Launcher& launch, F&& body) {
+  const auto fills = [&](int rows) { return columns * ceil_div(M, rows) >= launch.multiprocessors(); };
+  if (fills(128)) return body(std::integral_constant<int, 128>());
+  if (fills(64)) return body(std::integral_constant<int, 64>());
+  body(std::integral_constant<int, 32>());
 }
 
 template <typename T>
 void linear(const LinearArguments<T>& p, Launcher& launch) {
-  switch (tile_rows(ceil_div(p.N, kTile), p.M, launch)) {
-    case 128:
-      return linear_of<T, 128>(p, launch);
-    case 64:
-      return linear_of<T, 64>(p, launch);
-    default:
-      return linear_of<T, 32>(p, launch);
-  }
+  const int columns = ceil_div(p.N, kTile);
+  with_tile_rows(columns, p.M, launch, [&](auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    launch(linear_kernel<T, kRows>, dim3(columns, ceil_div(p.M, kRows)), kGemmThreads, GemmTile<T, kRows>::kBytes, p);
+  });
 }
 
 // out [M, I] = silu(gate) * up of x [M, K].
@@ -122,22 +115,13 @@ __global__ void __launch_bounds__(kGemmThreads) gate_up_kernel(GateUpArguments<T
       });
 }
 
-template <typename T, int kRows>
-void gate_up_of(const GateUpArguments<T>& p, Launcher& launch) {
-  const dim3 grid(ceil_div(p.I, kTile / 2), ceil_div(p.M, kRows));
-  launch(gate_up_kernel<T, kRows>, grid, kGemmThreads, GemmTile<T, kRows>::kBytes, p);
-}
-
 template <typename T>
 void gate_up(const GateUpArguments<T>& p, Launcher& launch) {
-  switch (tile_rows(ceil_div(p.I, kTile / 2), p.M, launch)) {
-    case 128:
-      return gate_up_of<T, 128>(p, launch);
-    case 64:
-      return gate_up_of<T, 64>(p, launch);
-    default:
-      return gate_up_of<T, 32>(p, launch);
-  }
+  const int columns = ceil_div(p.I, kTile / 2);
+  with_tile_rows(columns, p.M, launch, [&](auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    launch(gate_up_kernel<T, kRows>, dim3(columns, ceil_div(p.M, kRows)), kGemmThreads, GemmTile<T, kRows>::kBytes, p);
+  });
 }
 
 // qkv (w, heads of q, k, v) to query [heads, w, d], key and value [h, w, d]; norms, rotation and scale on the way.
