@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from bundles import byte_tokenizer, export_text
 from commands import COMMANDS, load_main
+from lococo_runtime import _commands
 from tiny_models import make_model
 
 MISTAKES = {
@@ -87,6 +89,33 @@ def test_a_mistake_is_named(
 
 def test_every_command_is_mistaken() -> None:
     assert {line.split()[0] for line in MISTAKES} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("lococo-export", "onnx", "export"), ("lococo-verify", "torch", "export"), ("lococo-build", "onnx", "tensorrt"),
+     ("lococo-fit", "safetensors", "fit"), ("lococo-eval", "torch", "fit"), ("lococo-serve", "fastapi", "serve"),
+     ("lococo-serve", "uvicorn", "serve"), ("lococo-run", "tokenizers", "text")],
+)  # fmt: skip
+def test_a_missing_extra_is_named(command: str, package: str, extra: str, folder: Path) -> None:
+    module, _, main = COMMANDS[command].partition(":")
+    script = f"""
+import sys
+sys.modules[{package!r}] = None
+from {module} import {main} as main
+sys.exit(main(["bundle", "--prompt", "x"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert f"lococo-export[{extra}]" in done.stderr
+    assert package in done.stderr
+
+
+def test_ctrl_c_while_a_command_is_imported(capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch("importlib.import_module", side_effect=KeyboardInterrupt):
+        assert _commands.export_main(["--help"]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 SCRIPT = "import sys; from lococo_runtime.cli import {main}; sys.exit({main}(sys.argv[1:]))"
