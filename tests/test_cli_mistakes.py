@@ -49,6 +49,8 @@ MISTAKES = {
     "lococo-bench bundle --plot nowhere/x.svg": "nowhere/x.svg: cannot write",
     "lococo-bench bundle --plot folder": "folder: cannot write",
     "lococo-serve text.txt": "text.txt: expected a bundle directory",
+    "lococo-serve bundle --host=": "--host: expected an address",
+    "lococo-serve bundle --drain-timeout -4": "--drain-timeout: expected at least 0, got -4",
     "lococo-serve bundle --sessions 0": "sessions: expected at least 1",
     "lococo-serve bundle --state-dir text.txt": "text.txt: cannot make",
     "lococo-fit --model nowhere --text text.txt -o out": "nowhere: expected a model directory",

@@ -91,6 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    if not args.host:
+        raise InvalidArgumentError("--host: expected an address such as 127.0.0.1, or 0.0.0.0 for all, got nothing")
+    if args.drain_timeout < 0:
+        raise InvalidArgumentError(f"--drain-timeout: expected at least 0, got {args.drain_timeout}")
     api_key = args.api_key or os.environ.get("LOCOCO_API_KEY") or None
     if not api_key and not _is_loopback(args.host):
         print(f"note: others can reach {args.host}, and no key is asked of them; see --api-key", file=sys.stderr)
