@@ -48,7 +48,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(bundle: Path) -> Iterator[LLM]:
-    with LLM(bundle, num_threads=1) as opened:
+    with LLM(bundle) as opened:
         yield opened
 
 
