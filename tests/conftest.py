@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import lzma
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,23 @@ def has_cuda_provider() -> bool:
     """Whether the ONNX Runtime that tests use is one for GPUs."""
     library = os.environ.get("LOCOCO_ONNXRUNTIME") or _c_api.find_onnxruntime()
     return library is not None and Path(library).with_name("libonnxruntime_providers_cuda.so").exists()
+
+
+@contextlib.contextmanager
+def full_device() -> Iterator[None]:
+    """At most 100 MiB of the GPU are free meanwhile. Skips the test without torch."""
+    torch = pytest.importorskip("torch", reason="torch is missing: it fills the device")
+    torch.cuda.init()
+    hog: list[Any] = []
+    try:
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            while torch.cuda.mem_get_info()[0] > 100 << 20:
+                size = max(torch.cuda.mem_get_info()[0] // 2, 64 << 20)
+                hog.append(torch.empty(min(size, 16 << 30), dtype=torch.uint8, device="cuda"))
+        yield
+    finally:
+        hog.clear()
+        torch.cuda.empty_cache()
 
 
 CUDA = {"device": "cuda:0", "backend": "onnxruntime"}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CUDA, GOLDEN_NAMES, GPU_BUNDLES, GoldenCase, has_cuda_provider, unpack_golden
+from conftest import CUDA, GOLDEN_NAMES, GPU_BUNDLES, GoldenCase, full_device, has_cuda_provider, unpack_golden
 from lococo_runtime import (
     LococoError,
     Model,
@@ -164,19 +162,8 @@ def test_the_callers_device_stays() -> None:
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
-    torch = pytest.importorskip("torch", reason="torch is missing: it fills the device")
-    torch.cuda.init()
-    hog: list[Any] = []
-    try:
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            while torch.cuda.mem_get_info()[0] > 100 << 20:
-                size = max(torch.cuda.mem_get_info()[0] // 2, 64 << 20)
-                hog.append(torch.empty(min(size, 16 << 30), dtype=torch.uint8, device="cuda"))
-        with pytest.raises(OutOfMemoryError):
-            Model(BUNDLES / "wide", **CUDA)
-    finally:
-        hog.clear()
-        torch.cuda.empty_cache()
+    with full_device(), pytest.raises(OutOfMemoryError):
+        Model(BUNDLES / "wide", **CUDA)
     with Session(BUNDLES / "wide", **CUDA) as session:
         assert session.prefill([5, 6, 7]).shape == (60000,)
 

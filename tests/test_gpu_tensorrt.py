@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import GOLDEN_NAMES, GPU_BUNDLES, GoldenCase, unpack_golden
+from conftest import GOLDEN_NAMES, GPU_BUNDLES, GoldenCase, full_device, unpack_golden
 from lococo_runtime import (
     LLM,
     BackendError,
@@ -377,19 +377,8 @@ def test_device_memory_is_flat_to_the_byte() -> None:
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
-    torch = pytest.importorskip("torch", reason="torch is missing: it fills the device")
-    torch.cuda.init()
-    hog: list[Any] = []
-    try:
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            while torch.cuda.mem_get_info()[0] > 100 << 20:
-                size = max(torch.cuda.mem_get_info()[0] // 2, 64 << 20)
-                hog.append(torch.empty(min(size, 16 << 30), dtype=torch.uint8, device="cuda"))
-        with pytest.raises(OutOfMemoryError, match=r"needs [0-9]+ bytes, [0-9]+ of [0-9]+ are free"):
-            Model(BUNDLES / "wide", device="cuda:0", backend="tensorrt")
-    finally:
-        hog.clear()
-        torch.cuda.empty_cache()
+    with full_device(), pytest.raises(OutOfMemoryError, match=r"needs [0-9]+ bytes, [0-9]+ of [0-9]+ are free"):
+        Model(BUNDLES / "wide", device="cuda:0", backend="tensorrt")
     with Session(BUNDLES / "wide", device="cuda:0", backend="tensorrt") as session:
         assert session.prefill([5, 6, 7]).shape == (60000,)
 
