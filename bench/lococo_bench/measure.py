@@ -365,10 +365,9 @@ class Bench:
 
     def _reach(self, depth: int, by: DepthBy) -> tuple[bytes | None, str]:
         """A state at `depth`, None for the empty one, and how it was reached."""
-        cache = self.manifest.cache
-        full = cache.block_size * -(-4 * cache.capacity // cache.block_size)
         if depth == 0:
             return None, "prefill"
+        full = self._filling
         if depth <= full:
             self.session.reset()
             self._prefill(self._random(depth))
@@ -388,12 +387,18 @@ class Bench:
         self._prefill(self._random(depth - full))
         return self.session.state(), "prefill"
 
+    @property
+    def _filling(self) -> int:
+        """Tokens after which the slots have been fused several times: whole blocks."""
+        cache = self.manifest.cache
+        return cache.block_size * -(-4 * cache.capacity // cache.block_size)
+
     def _warm_up(self) -> dict[str, int] | None:
         """Runs everything that is repeated; None, or the nodes of the graphs that were captured, by name."""
         with library_log() as log:
-            for token in (*range(2), *self._random(4 * self.manifest.cache.capacity)):
+            self._prefill(self._random(self._filling))
+            for token in self._random(2 * self.window):
                 self._step(int(token))
-            self._prefill(self._random(4 * self.manifest.cache.block_size))
             self._greedy(4 * self.window)
         self.session.reset()
         found = (re.match(r"captured (.+): (\d+) nodes", line) for line in log)
