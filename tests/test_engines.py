@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ import pytest
 from bundles import export_golden
 from conftest import Backend
 from lococo_engines import Recipe, check_engines, choose, gpu, list_engines, load_recipe, read_engines
-from lococo_engines.build import cache_directory, check_files, engines_key
+from lococo_engines.build import Target, build_engines, cache_directory, check_files, engines_key
 from lococo_engines.cli import main
 from lococo_engines.gpu import Device
 from lococo_engines.kernels import (
@@ -713,6 +714,13 @@ def test_fewer_layers(bundle: Path, tmp_path: Path) -> None:
             prepare_graph(bundle / spec.file, spec, num_layers=n)
 
 
+@pytest.mark.parametrize("num_layers", [0, 3])
+def test_layers_that_are_not_there_are_refused_before_tensorrt_is_asked(bundle: Path, num_layers: int) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"num_layers: expected 1 to 2, got {num_layers}"):
+        build_engines(bundle, load_recipe("h100"), Target((90,), H100), num_layers=num_layers)
+    assert not (bundle / "engines").exists()
+
+
 def test_files_that_are_not_onnx(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "decoder_1.onnx").write_bytes(b"garbage")
     with pytest.raises(CorruptError, match=r"decoder_1\.onnx: not an ONNX file"):
@@ -786,19 +794,107 @@ def test_a_network_of_kernels_can_be_cut_short(bundle: Path) -> None:
     assert not any(".1." in t.name for t in (*network.inputs, *network.outputs))
 
 
+class Plugin:
+    """What op.cc says of nodes: the host's part of the plugin, compiled with CUDA's names alone."""
+
+    CUDA = "#pragma once\nusing cudaStream_t = void*;\nenum cudaError_t { cudaSuccess, cudaErrorInvalidValue };\n"
+    CODE = """
+        #include <cstdio>
+        #include <cstring>
+        #include "trt/ops/op.cc"
+        static lococo::trt::OpParameters of(const int32_t* numbers) {
+          lococo::trt::OpParameters op{};
+          std::memcpy(op.numbers.data(), numbers, sizeof op.numbers);
+          return op;
+        }
+        #define PUBLIC extern "C" __attribute__((visibility("default")))
+        PUBLIC void unsupported(const int32_t* numbers, char* text) {
+          std::snprintf(text, 256, "%s", lococo::trt::unsupported(of(numbers)).c_str());
+        }
+        PUBLIC int32_t inputs(const int32_t* numbers) { return lococo::trt::num_inputs(of(numbers)); }
+        PUBLIC int32_t outputs(const int32_t* numbers) { return lococo::trt::num_outputs(of(numbers)); }
+    """
+
+    def __init__(self, compiler: str, folder: Path) -> None:
+        (folder / "cuda_runtime_api.h").write_text(self.CUDA)
+        (folder / "plugin.cc").write_text(self.CODE)
+        source = OPS.parents[2]
+        # without the functions that start kernels, which the linker would miss
+        unused = ("-fvisibility=hidden", "-ffunction-sections", "-fno-jump-tables", "-Wl,--gc-sections")
+        subprocess.run(
+            [compiler, "-std=c++17", "-shared", "-fPIC", *unused, "-I.", f"-I{source}/csrc", f"-I{source}/include",
+             "-Wl,--no-undefined", "plugin.cc", "-o", "plugin.so"], cwd=folder, check=True,
+        )  # fmt: skip
+        self.library = ctypes.CDLL(str(folder / "plugin.so"))
+
+    def unsupported(self, numbers: Sequence[int]) -> str:
+        text = ctypes.create_string_buffer(256)
+        self.library.unsupported(self._words(numbers), text)
+        return text.value.decode()
+
+    def arity(self, numbers: Sequence[int]) -> tuple[int, int]:
+        """How many inputs and outputs."""
+        return self.library.inputs(self._words(numbers)), self.library.outputs(self._words(numbers))
+
+    @staticmethod
+    def _words(numbers: Sequence[int]) -> Any:
+        return (ctypes.c_int32 * len(numbers))(*numbers)
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Plugin:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler, c++")
+    return Plugin(compiler, tmp_path_factory.mktemp("plugin"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["c1_baseline", "c3_conv2_expand2_silu", "aging", "accumulated_fp16", "batch-h2o-mqa", "batch-h2o-biases",
+     "batch-lococo-accumulated-scores"],
+)  # fmt: skip
+def test_nodes_are_what_the_plugin_takes(plugin: Plugin, cpu: Backend, name: str) -> None:
+    path = cpu.bundle(name)
+    manifest = read_manifest(path)
+    for spec in manifest.graphs:
+        if spec.batch != 1:
+            continue
+        weights = {w.name: w for w in weight_inputs(path / spec.file)}
+        for node in kernel_network(manifest, spec, weights).nodes:
+            assert plugin.unsupported(node.numbers) == ""
+            assert plugin.arity(node.numbers) == (len(node.inputs), len(node.outputs)), (spec.name, node.name)
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
         ("model", {"hidden_size": 66}, "hidden_size: expected a multiple of 4, got 66"),
-        ("model", {"head_dim": 24}, "head_dim: expected 4 times a power of two"),
+        ("model", {"intermediate_size": 130}, "intermediate_size: expected a multiple of 4, got 130"),
+        ("model", {"head_dim": 24}, "head_dim: expected 4 times a power of two, at most 128, got 24"),
+        ("model", {"head_dim": 256}, "head_dim: expected 4 times a power of two, at most 128, got 256"),
+        ("model", {"head_dim": 2}, "head_dim: expected 4 times a power of two, at most 128, got 2"),
         ("cache", {"num_conv_layers": 5}, "num_conv_layers: expected at most 4, got 5"),
     ],
 )
-def test_shapes_the_kernels_cannot_run_are_refused(bundle: Path, part: str, change: dict, message: str) -> None:
+def test_shapes_the_kernels_cannot_run_are_refused(
+    plugin: Plugin, bundle: Path, part: str, change: dict, message: str
+) -> None:
     manifest = read_manifest(bundle)
     changed = dataclasses.replace(getattr(manifest, part), **change)
-    with pytest.raises(UnsupportedError, match=re.escape(message) + r".*--kernels tensorrt"):
+    with pytest.raises(UnsupportedError, match=re.escape(message) + r"; build with --kernels tensorrt"):
         require_shapes(dataclasses.replace(manifest, **{part: changed}))
+    ((name, value),) = change.items()
+    field = {"hidden_size": "hidden", "intermediate_size": "intermediate", "num_conv_layers": "num_conv"}.get(
+        name, name
+    )
+    refusals = set()
+    for network in kernel_networks(bundle).values():
+        for node in network.nodes:
+            numbers = list(node.numbers)
+            numbers[[f.name for f in dataclasses.fields(_Numbers)].index(field)] = value
+            refusals.add(plugin.unsupported(numbers))
+    assert refusals - {""} == {message}
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,7 @@ def build_engines(
         progress: called with a line for each step.
 
     Raises:
+        InvalidArgumentError: fewer layers than 1 or more than there are, or a timing cache for TensorRT for RTX.
         UnsupportedError: TensorRT or Polygraphy is missing, or lacks what the recipe or the bundle asks for.
         BackendError: TensorRT does not parse or build a graph; its reasons.
         CorruptError, NotFoundError: the bundle is damaged.
@@ -162,6 +163,8 @@ def build_engines(
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
+    if num_layers is not None and not 1 <= num_layers <= manifest.model.num_layers:
+        raise InvalidArgumentError(f"num_layers: expected 1 to {manifest.model.num_layers}, got {num_layers}")
     kit = load_toolkit(recipe.flavour, verbose=verbose)
     kit.require_dtype(manifest.dtype)
     creator = None
@@ -394,7 +397,7 @@ class _Work:
             ]  # fmt: skip
             plugin = self.creator.create_plugin(node.name, trt.PluginFieldCollection(fields))
             if plugin is None:
-                raise BackendError(f"{node.name}: the plugin refuses it: {self.kit.log.summary()}")
+                raise BackendError(f"{node.name}: the plugin refuses it; the note above says why")
             layer = network.add_plugin_v2([tensors[n] for n in node.inputs], plugin)
             layer.name = node.name
             for i, t in enumerate(node.outputs):

@@ -129,7 +129,10 @@ def kernel_network(
 
 
 def require_shapes(manifest: Manifest) -> None:
-    """Raises UnsupportedError where the kernels cannot run the model; says what to do instead."""
+    """Raises UnsupportedError where the kernels cannot run the model; says what to do instead.
+
+    The limits are those of `unsupported` in runtime/csrc/trt/ops/op.cc, asked for before anything is loaded or built.
+    """
     model, cache = manifest.model, manifest.cache
     pack = 4 if manifest.dtype == "float32" else 8  # values of 16 bytes
     lanes = model.head_dim / pack
@@ -139,7 +142,7 @@ def require_shapes(manifest: Manifest) -> None:
         if value % pack
     ]
     if lanes < 1 or not math.log2(lanes).is_integer() or lanes > 32:
-        problems.append(f"head_dim: expected {pack} times a power of two up to 32, got {model.head_dim}")
+        problems.append(f"head_dim: expected {pack} times a power of two, at most {32 * pack}, got {model.head_dim}")
     if cache.num_conv_layers > MAX_CONV_LAYERS:
         problems.append(f"num_conv_layers: expected at most {MAX_CONV_LAYERS}, got {cache.num_conv_layers}")
     if manifest.batch_size != 1:

@@ -98,8 +98,10 @@ class Recipe:
             why = " (TensorRT for RTX takes no such plugins)"
             self._require(self.kernels == "tensorrt", "kernels", f"tensorrt{why}", self.kernels)
         if self.kernels == "lococo":
-            self._require(self.weights == "shared", "weights", "shared, which kernels lococo read", self.weights)
-            self._require(not self.version_compatible, "version_compatible", "false with kernels lococo", True)
+            why = " (--kernels tensorrt takes either)"
+            self._require(self.weights == "shared", "weights", f"shared with kernels lococo{why}", self.weights)
+            why = " (--kernels tensorrt makes such plans)"
+            self._require(not self.version_compatible, "version_compatible", f"false with kernels lococo{why}", True)
 
     def _require(self, condition: bool, field: str, expected: str, got: object) -> None:
         if not condition:

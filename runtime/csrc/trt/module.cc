@@ -144,7 +144,11 @@ const lococo_module kModule = {
 }  // namespace
 
 void lococo::log_line(lococo_log_level level, const std::string& text) noexcept {
-  if (const lococo_module_host* host = the_host) host->log(level, text.c_str());
+  if (const lococo_module_host* host = the_host) {
+    host->log(level, text.c_str());
+  } else {  // whoever builds engines
+    std::fprintf(stderr, "  note: %s\n", text.c_str());
+  }
 }
 
 // For whoever builds engines: makes the plugin known to the TensorRT of this process. error: at least 3072 bytes.

@@ -140,6 +140,8 @@ class Plugin final : public nvinfer1::IPluginV2DynamicExt {
                        nvinfer1::DynamicPluginTensorDesc const* /*outputs*/,
                        int32_t /*num_outputs*/) noexcept override {}
 
+  [[nodiscard]] std::string slow() const { return trt::slow(node_.op); }
+
   // --- life ---
   int32_t initialize() noexcept override { return 0; }
   void terminate() noexcept override {}
@@ -184,7 +186,9 @@ class Creator final : public nvinfer1::IPluginCreator {
       if (std::strcmp(name, "dtypes") == 0) words.push_back(field->length);
       words.insert(words.end(), data, data + field->length);
     }
-    return make(words.data(), words.size());
+    Plugin* const plugin = make(words.data(), words.size());
+    if (plugin != nullptr) say(plugin->slow());
+    return plugin;
   }
   nvinfer1::IPluginV2* deserializePlugin(nvinfer1::AsciiChar const* /*name*/, void const* data,
                                          size_t nbytes) noexcept override {
@@ -194,6 +198,13 @@ class Creator final : public nvinfer1::IPluginCreator {
   }
 
  private:
+  // Once, however many nodes it is true of.
+  void say(const std::string& note) {
+    if (note.empty() || note == said_) return;
+    log_line(LOCOCO_LOG_WARNING, "LococoOp: " + note);
+    said_ = note;
+  }
+
   static Plugin* make(const int32_t* words, size_t count) {
     Node node;
     if (!node.parse(words, count)) {
@@ -206,6 +217,7 @@ class Creator final : public nvinfer1::IPluginCreator {
 
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection collection_{};
+  std::string said_;
 };
 
 }  // namespace

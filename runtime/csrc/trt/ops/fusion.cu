@@ -1,7 +1,10 @@
 // Fusion: live columns to M slots (arXiv 2406.05317). All layers and heads of a launch work side by side: five kernels
 // or so for up to 16 layers. Columns are named by where they lie: i for the cache's, c + j for new ones.
+#include <algorithm>
 #include <cfloat>
+#include <string>
 
+#include "error.h"
 #include "trt/ops/gemm.cuh"
 
 namespace lococo::trt {
@@ -435,14 +438,26 @@ Scratch<T> carve(const FusionShape& s, Carver& c) {
   return r;
 }
 
+size_t conv_row_bytes(int in_channels, int taps) { return 2 * static_cast<size_t>(in_channels) * taps; }
+
+// Why a convolution of a 16-bit type cannot run on tensor cores; "" if it can.
+std::string untiled(const FusionShape& s, int in_channels, const Launcher& launch) {
+  if (in_channels % kConvDepth != 0 || s.head_dim % kConvDepth != 0) {
+    return format("%d channels of heads of %d are no multiples of %d", in_channels, s.head_dim, kConvDepth);
+  }
+  const size_t shared = std::max(conv_row_bytes(in_channels, s.kernel_size), conv_tile_bytes(s.kernel_size));
+  if (shared <= launch.most_shared()) return "";
+  return format("%d taps of %d channels take %zu bytes of shared memory, a block has %zu", s.kernel_size, in_channels,
+                shared, launch.most_shared());
+}
+
 template <typename T>
 void convolve(const FusionShape& s, const Arguments& a, const ConvArguments<T>& c, Launcher& launch) {
   const int places = s.num_layers * s.num_kv_heads;
   if constexpr (sizeof(T) == 2) {
-    const size_t row_bytes = sizeof(T) * static_cast<size_t>(c.in_channels) * c.kernel_size;
-    const size_t tile_bytes = conv_tile_bytes(c.kernel_size);
-    const size_t shared = row_bytes > tile_bytes ? row_bytes : tile_bytes;
-    if (c.in_channels % kConvDepth == 0 && s.head_dim % kConvDepth == 0 && shared <= launch.most_shared()) {
+    if (untiled(s, c.in_channels, launch).empty()) {
+      const size_t row_bytes = conv_row_bytes(c.in_channels, c.kernel_size);
+      const size_t tile_bytes = conv_tile_bytes(c.kernel_size);
       launch(by_tap_kernel<T>, dim3(c.out_channels, s.num_layers), 256, row_bytes, a, c);
       const dim3 grid(ceil_div(a.most, kConvColumns), ceil_div(c.out_channels, kConvRows), places);
       launch(conv_tile_kernel<T>, grid, kConvThreads, tile_bytes, a, c);
@@ -510,6 +525,18 @@ size_t fusion_workspace(const FusionShape& shape) {
     (void)carve<decltype(zero)>(shape, carver);
     return carver.used();
   });
+}
+
+std::string slow_convolution(const FusionShape& shape) {
+  if (shape.dtype == OpDtype::kFloat32 || shape.mixed == 0) return "";
+  const Launcher launch(nullptr);
+  int in_channels = 2 * shape.head_dim;
+  for (int i = 0; i < shape.num_conv && launch.code() == cudaSuccess; ++i) {
+    const std::string reason = untiled(shape, in_channels, launch);
+    if (!reason.empty()) return format("convolution %d runs without tensor cores: %s", i, reason.c_str());
+    in_channels = shape.conv_out[i];
+  }
+  return "";
 }
 
 cudaError_t run_fusion(const FusionShape& shape, const FusionLayer* layers, const int32_t* past_length,

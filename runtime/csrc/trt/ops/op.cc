@@ -126,9 +126,9 @@ std::string unsupported(const OpParameters& op) {
       if (reason.empty()) reason = require_pack(kOpIntermediate, "intermediate_size");
       [[fallthrough]];
     case OpKind::kFusion: {
-      if (reason.empty()) reason = require_pack(kOpHeadDim, "head_dim");
       const int32_t lanes = n[kOpHeadDim] / pack;
-      if (reason.empty() && ((lanes & (lanes - 1)) != 0 || lanes > 32)) {
+      const bool is_even = n[kOpHeadDim] % pack == 0 && lanes > 0;
+      if (reason.empty() && (!is_even || (lanes & (lanes - 1)) != 0 || lanes > 32)) {
         reason =
             format("head_dim: expected %d times a power of two, at most %d, got %d", pack, 32 * pack, n[kOpHeadDim]);
       }
@@ -139,6 +139,10 @@ std::string unsupported(const OpParameters& op) {
     }
   }
   return format("op %d is not known", n[kOpKind]);
+}
+
+std::string slow(const OpParameters& op) {
+  return kind_of(op) == OpKind::kFusion ? slow_convolution(fusion_shape(op)) : "";
 }
 
 int32_t num_inputs(const OpParameters& op) {

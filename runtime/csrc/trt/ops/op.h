@@ -51,6 +51,8 @@ struct OpParameters {
 
 // Why the kernels cannot run an op; "" if they can.
 std::string unsupported(const OpParameters& op);
+// What is slower on the current device than it could be, and why; "" if nothing.
+std::string slow(const OpParameters& op);
 int32_t num_inputs(const OpParameters& op);
 int32_t num_outputs(const OpParameters& op);
 size_t workspace_bytes(const OpParameters& op);

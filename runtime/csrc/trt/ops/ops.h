@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace lococo::trt {
 
@@ -117,6 +118,8 @@ struct FusionLayer {
 };
 
 size_t fusion_workspace(const FusionShape& shape);
+// Which convolution of a 16-bit fusion takes the slow way on the current device, and why; "" if none.
+std::string slow_convolution(const FusionShape& shape);
 // past_length and num_tokens: NULL for c and 1, as after a single token.
 cudaError_t run_fusion(const FusionShape& shape, const FusionLayer* layers, const int32_t* past_length,
                        const int32_t* num_tokens, void* workspace, cudaStream_t stream);
