@@ -33,7 +33,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from lococo_bench.device import cpu_name
+from lococo_bench.device import cpu_name, open_device
 from lococo_bench.measure import build_commit
 
 GROWTH_BYTES = 16 << 20
@@ -182,7 +182,7 @@ async def load(target: Target, clients: int, seconds: float, alone: list[str], p
 def serving(bundle: Path, flags: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server's address and process."""
     command = [sys.executable, "-m", "lococo_server", str(bundle), "--port", "0", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             if process.stdout is None or not (url := process.stdout.readline().strip()):
                 raise SystemExit(f"{' '.join(command)} did not start")
@@ -283,7 +283,9 @@ def main() -> int:
             return alone, {**report, "mean_step_sessions": round(total / count, 2) if count else None}
 
         alone, report = asyncio.run(run())
-        machine = {"cpu_info": cpu_name(), "cpu_count": os.cpu_count(), "build_commit": build_commit()}
+        machine: dict[str, Any] = {"cpu_info": cpu_name(), "cpu_count": os.cpu_count(), "build_commit": build_commit()}
+        if "--device" in flags:
+            machine["gpu_info"] = open_device(flags[flags.index("--device") + 1]).describe().get("gpu_info")
         about = {"model": target.model, "chat": args.chat, "max_tokens": args.max_tokens, "flags": flags}
         report = {**machine, **about, **report}
     bad = report["errors"] > 0 or report.get("grown_bytes", 0) > GROWTH_BYTES

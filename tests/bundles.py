@@ -118,6 +118,7 @@ EXPORTS: dict[str, Callable[[Path], Path]] = {
        for name, (family, changes, cache) in BATCHED.items()},
     "sampling": partial(export_tiny, cache=LococoConfig.h2o(16, 16)),
     "text": export_text,
+    "text-batch": partial(export_text, batch=8),
     # 30 rows of logits without a token
     "grammar": partial(export_text, vocab_size=288, template="{% for m in messages %}{{ m.content }}{% endfor %}"),
 }  # fmt: skip

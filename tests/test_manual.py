@@ -5,7 +5,8 @@ Python names. A comment before a fence, which readers do not see, may say:
 
     <!-- file: NAME -->    the fence is this file
     <!-- test: REASON -->  it cannot run here: its commands and flags are checked, and it counts as skipped;
-                           "needs a GPU": it runs where scripts/gpu_host runs the tests
+                           "needs a GPU": it runs in the part manual of scripts/gpu_host
+                           "needs onnxruntime-gpu": there too, if its ONNX Runtime has the CUDA provider
                            "needs SmolLM2": it runs in the repository, where scripts/test has set it up
 """
 
@@ -34,6 +35,7 @@ from unittest import mock
 import pytest
 from bundles import CHATML
 from commands import COMMANDS, ROOT, load_main, parser_of
+from conftest import GPU_BUNDLES, has_cuda_provider
 from lococo_runtime import LLM, Model, Session, _c_api
 from lococo_runtime.bundle import LococoConfig
 from tiny_models import make_model, random_heads
@@ -46,6 +48,7 @@ markdown_it = pytest.importorskip("markdown_it", reason="needs markdown-it-py; i
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SECONDS = 60  # for a server to start and to end; neither takes that long
+GPU_REASONS = ("needs a GPU", "needs onnxruntime-gpu")
 READ_ONLY = {"text", "{toctree}", "{eval-rst}"}  # the last two are tested by building the pages
 
 TOOLS = ("cc", "cmake", "curl", "pkg-config")  # that a fence may use, and that are not everywhere
@@ -155,6 +158,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n"
         )
         (shims / name).chmod(0o755)
+    if builder := os.environ.get("LOCOCO_BUILD_COMMAND"):  # TensorRT may live in another Python
+        (shims / "lococo-build").unlink()
+        (shims / "lococo-build").symlink_to(builder)
     return root
 
 
@@ -224,7 +230,7 @@ class Page:
                 continue  # checked; tests/test_install.py and tests/test_c_package.py install
             if "lococo-serve" in words:
                 self.serve(words)
-            elif words[0] in COMMANDS and not script and not re.search(r"[|&;<>$`]", command):
+            elif words[0] in COMMANDS and not (script or fence.reason or re.search(r"[|&;<>$`]", command)):
                 # in this process, as most of a command's time is the import of PyTorch
                 with mock.patch("sys.stdin", io.StringIO("Who is it about?\n")):
                     assert call(partial(load_main(words[0]), [*words[1:], *smaller.split()])) == 0, command
@@ -367,8 +373,8 @@ def why_not(fence: Fence) -> str:
         for tool in TOOLS:
             if re.search(rf"(?<![\w-]){tool} ", fence.text) and not shutil.which(tool):
                 return f"needs {tool}"
-    if fence.reason == "needs a GPU" and os.environ.get("LOCOCO_GPU_BUNDLES"):
-        return ""
+    if fence.reason in GPU_REASONS and GPU_BUNDLES:
+        return "" if fence.reason == "needs a GPU" or has_cuda_provider() else fence.reason
     if fence.reason == "needs SmolLM2":
         wanted = (".cache/models/SmolLM2-135M-Instruct", ".cache/texts/persuasion.txt", ".venv/lococo-installed")
         return "" if all((ROOT / path).exists() for path in wanted) else "needs SmolLM2 and the text: run scripts/demo"
@@ -382,8 +388,8 @@ def cases() -> Iterator[Any]:
     for name, fences in FENCES.items():
         for i, fence in enumerate(fences):
             if fence.kind not in READ_ONLY:
-                marks = {"needs a GPU": [pytest.mark.gpu], "needs SmolLM2": [pytest.mark.smollm2]}.get(fence.reason, [])
-                yield pytest.param(name, i, marks=marks, id=f"{name}:{fence.line}-{fence.kind}")
+                marks = {"needs SmolLM2": [pytest.mark.smollm2], **{r: [pytest.mark.gpu] for r in GPU_REASONS}}
+                yield pytest.param(name, i, marks=marks.get(fence.reason, []), id=f"{name}:{fence.line}-{fence.kind}")
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +407,7 @@ def test_snippet(name: str, index: int, pages: dict[str, Page], monkeypatch: pyt
     if fence.reason:
         ast.parse(fence.text) if fence.kind == "python" else check_commands(fence)
     monkeypatch.chdir(page.folder)
-    monkeypatch.setenv("LOCOCO_ONNXRUNTIME", _c_api.find_onnxruntime() or "")
+    monkeypatch.setenv("LOCOCO_ONNXRUNTIME", os.environ.get("LOCOCO_ONNXRUNTIME") or _c_api.find_onnxruntime() or "")
     page.run_to(index)
     if reason := page.lacks or why_not(fence):
         pytest.skip(reason)
