@@ -144,8 +144,6 @@ __global__ void heads_kernel(HeadsArguments<T> p) {  // a warp a token and head
   const int token = blockIdx.x;
   const int all_heads = p.num_heads + 2 * p.num_kv_heads;
   const int d = p.head_dim;
-  const int half = d / 2;
-  const int lane = threadIdx.x % 32;
   for (int head = threadIdx.x / 32; head < all_heads; head += blockDim.x / 32) {
     const T* from = p.qkv + (static_cast<int64_t>(token) * all_heads + head) * d;
     const bool is_query = head < p.num_heads;
@@ -154,26 +152,11 @@ __global__ void heads_kernel(HeadsArguments<T> p) {  // a warp a token and head
     T* to = is_query ? p.query + (static_cast<int64_t>(head) * p.width + token) * d
                      : (is_value ? p.value : p.key) + (static_cast<int64_t>(kv_head) * p.width + token) * d;
     if (is_value) {
-      for (int i = lane; i < d; i += 32) to[i] = from[i];
+      for (int i = threadIdx.x % 32; i < d; i += 32) to[i] = from[i];
       continue;
     }
     const T* norm = is_query ? p.q_norm : p.k_norm;
-    float root = 1.0f;
-    if (norm != nullptr) {
-      float sum = 0.0f;
-      for (int i = lane; i < d; i += 32) sum += to_float(from[i]) * to_float(from[i]);
-      root = sqrtf(warp_sum(sum) / static_cast<float>(d) + p.eps);
-    }
-    const auto channel = [&](int i) {
-      const float x = to_float(from[i]);
-      return norm == nullptr ? x : rounded<T>(rounded<T>(x / root) * to_float(norm[i]));
-    };
-    for (int i = lane; i < half; i += 32) {
-      float2 pair = rotate<T>(channel(i), channel(i + half), rope_angle(p.rope, *p.position + token, i));
-      if (is_query) pair = {pair.x * p.scale, pair.y * p.scale};
-      to[i] = from_float<T>(pair.x);
-      to[i + half] = from_float<T>(pair.y);
-    }
+    finish_head(from, to, norm, p.eps, p.rope, p.position, token, is_query, d, p.scale);
   }
 }
 

@@ -179,6 +179,31 @@ __device__ __forceinline__ float2 rotate(float low, float high, float2 angle) {
           rounded<T>(rounded<T>(high * c) + rounded<T>(low * s))};
 }
 
+// A warp makes a head of q or k of its row of channels [d]: norm if there is one, rotation, for q the scale. In place
+// or not.
+template <typename T>
+__device__ __forceinline__ void finish_head(const T* from, T* to, const T* norm, float eps, const Rope& rope,
+                                            const int32_t* position, int token, bool is_query, int d, float scale) {
+  const int lane = threadIdx.x % 32;
+  const int half = d / 2;
+  float root = 1.0f;
+  if (norm != nullptr) {
+    float sum = 0.0f;
+    for (int i = lane; i < d; i += 32) sum += to_float(from[i]) * to_float(from[i]);
+    root = sqrtf(warp_sum(sum) / static_cast<float>(d) + eps);
+  }
+  const auto channel = [&](int i) {
+    const float x = to_float(from[i]);
+    return norm == nullptr ? x : rounded<T>(rounded<T>(x / root) * to_float(norm[i]));
+  };
+  for (int i = lane; i < half; i += 32) {
+    float2 pair = rotate<T>(channel(i), channel(i + half), rope_angle(rope, *position + token, i));
+    if (is_query) pair = {pair.x * scale, pair.y * scale};
+    to[i] = from_float<T>(pair.x);
+    to[i + half] = from_float<T>(pair.y);
+  }
+}
+
 inline Rope make_rope(const LayerShape& shape, const LayerInputs& in) {
   Rope r{};
   for (int k = 0; k < shape.rope_digits; ++k) {

@@ -132,18 +132,7 @@ __global__ void norm_heads_kernel(QkvArguments a, const T* q_norm, const T* k_no
                     : static_cast<T*>(a.key) + (head - a.num_heads) * a.head_dim;
   const T* weight = is_query ? q_norm : k_norm;
   wait_for_previous();
-  float sum = 0.0f;
-  for (int i = threadIdx.x; i < a.head_dim; i += 32) sum += to_float(row[i]) * to_float(row[i]);
-  const float root = sqrtf(warp_sum(sum) / static_cast<float>(a.head_dim) + a.eps);
-  const int half = a.head_dim / 2;
-  for (int i = threadIdx.x; i < half; i += 32) {
-    const float low = rounded<T>(rounded<T>(to_float(row[i]) / root) * to_float(weight[i]));
-    const float high = rounded<T>(rounded<T>(to_float(row[i + half]) / root) * to_float(weight[i + half]));
-    float2 pair = rotate<T>(low, high, rope_angle(a.rope, *a.position, i));
-    if (is_query) pair = {pair.x * a.scale, pair.y * a.scale};
-    row[i] = from_float<T>(pair.x);
-    row[i + half] = from_float<T>(pair.y);
-  }
+  finish_head(row, row, weight, a.eps, a.rope, a.position, 0, is_query, a.head_dim, a.scale);
 }
 
 struct AttentionArguments {
