@@ -67,6 +67,7 @@ void Session::leave_batch() {
 
 void Session::reset() {
   check_alone();
+  dead = true;
   executor_->reset();
   token_counts_.clear();
   position_ = 0;
@@ -283,6 +284,7 @@ void Session::state_set(const uint8_t* buffer, size_t size) {
 
 void Session::adopt(const uint8_t* payload) {
   check_alone();
+  dead = true;  // until it is there whole
   executor_->write_state(payload + 16);
   std::memcpy(token_counts_.data(), payload + m_.state_bytes - token_counts_.nbytes(), token_counts_.nbytes());
   position_ = load_int64(payload);

@@ -116,7 +116,8 @@ const lococo_module kModule = {
       *logits = e->logits.data();
       return LOCOCO_OK;
     },
-    [](Executor* e, lococo_module_error*) {
+    [](Executor* e, lococo_module_error* error) {
+      if (is("dying")) return refuse(error, LOCOCO_ERROR_BACKEND, "CUDA: cannot clear the session");
       e->sum = 0;
       e->logits.assign(e->logits.size(), 0.0f);
       return LOCOCO_OK;
@@ -128,8 +129,9 @@ const lococo_module kModule = {
       std::memcpy(bytes, &e->sum, sizeof e->sum);  // a column of one head, which is live whenever anything is
       return LOCOCO_OK;
     },
-    [](Executor* e, const uint8_t* bytes, lococo_module_error*) {
+    [](Executor* e, const uint8_t* bytes, lococo_module_error* error) {
       std::memcpy(e->logits.data(), bytes, e->logits.size() * sizeof(float));
+      if (is("dying")) return refuse(error, LOCOCO_ERROR_BACKEND, "CUDA: cannot send the state");
       std::memcpy(&e->sum, bytes + e->logits.size() * sizeof(float), sizeof e->sum);
       return LOCOCO_OK;
     },

@@ -356,6 +356,16 @@ void windows(const Bundle& b) {
   CHECK_EQ(lococo_session_step(a, 1), LOCOCO_ERROR_DEAD);
   CHECK_EQ(lococo_session_reset(a), LOCOCO_OK);
   CHECK_EQ(lococo_session_step(a, 1), LOCOCO_OK);
+  const std::vector<uint8_t> whole = outcome(a, {}).state;
+  for (const bool resets : {false, true}) {  // half of a state is no state
+    setenv("FAKE_TRT", "dying", 1);
+    CHECK_EQ(resets ? lococo_session_reset(a) : lococo_session_state_set(a, whole.data(), whole.size()),
+             LOCOCO_ERROR_BACKEND);
+    unsetenv("FAKE_TRT");
+    CHECK_EQ(lococo_session_step(a, 1), LOCOCO_ERROR_DEAD);
+    CHECK_EQ(lococo_session_state_set(a, whole.data(), whole.size()), LOCOCO_OK);
+    CHECK(outcome(a, {}).state == whole);
+  }
   lococo_session* clone = nullptr;
   CHECK_EQ(lococo_session_clone(a, &clone), LOCOCO_OK);
   CHECK(outcome(clone, {}) == outcome(a, {}));
