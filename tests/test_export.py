@@ -15,7 +15,15 @@ import pytest
 import torch
 from bundles import export_golden
 from conftest import Backend, GoldenCase
-from lococo_runtime import CheckpointError, InvalidArgumentError, NoSpaceError, Session, StorageError, TargetExistsError
+from lococo_runtime import (
+    CheckpointError,
+    InvalidArgumentError,
+    NoSpaceError,
+    Session,
+    StorageError,
+    TargetExistsError,
+    UnsupportedError,
+)
 from lococo_runtime.bundle import LococoConfig, forward_widths, read_manifest, sha256_file
 from tiny_models import VARIANTS, edit_tensors, make_model, random_heads
 
@@ -183,6 +191,12 @@ def test_float16_session_follows_float32(golden: GoldenCase, tmp_path: Path) -> 
     expected = golden.io["prefill_logits"][0][:first]
     cosine = (logits * expected).sum(-1) / np.linalg.norm(logits, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert cosine.min() > 0.999
+
+
+def test_bfloat16_is_refused_where_onnx_runtime_has_no_kernels(golden: GoldenCase, tmp_path: Path) -> None:
+    bundle = export_golden(golden.name, tmp_path / "half", dtype="bfloat16")
+    with pytest.raises(UnsupportedError, match=r"this CPU \(float32 always does\), got bfloat16: .*another dtype$"):
+        Session(bundle)
 
 
 @pytest.mark.skipif("LOCOCO_LARGE_TESTS" not in os.environ, reason="LOCOCO_LARGE_TESTS=1 runs it: 6 GB of disk")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundles import export_golden
 from conftest import CUDA, GOLDEN_NAMES, GPU_BUNDLES, GoldenCase, full_device, has_cuda_provider, unpack_golden
 from lococo_runtime import (
     LococoError,
@@ -166,6 +167,12 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
         Model(BUNDLES / "wide", **CUDA)
     with Session(BUNDLES / "wide", **CUDA) as session:
         assert session.prefill([5, 6, 7]).shape == (60000,)
+
+
+def test_bfloat16_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    bundle = export_golden("c1_baseline", tmp_path / "bfloat16", dtype="bfloat16")
+    with pytest.raises(UnsupportedError, match=r'cuda:0 .*got bfloat16: .*another dtype, or use backend "tensorrt"'):
+        Session(bundle, **CUDA)
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -162,8 +162,10 @@ class OrtBackend final : public Backend {
     } catch (const Error& e) {
       if (e.status() != LOCOCO_ERROR_UNSUPPORTED || manifest.dtype == Dtype::kFloat32) throw;
       fail(LOCOCO_ERROR_UNSUPPORTED,
-           "dtype %s: not supported on %s: %s; export with another dtype (float32 always runs)",
-           manifest.dtype_text.c_str(), cuda_device ? cuda_device->text().c_str() : "this CPU", e.what());
+           "dtype: expected one that ONNX Runtime runs on %s (float32 always does), got %s: %s; export with another"
+           " dtype%s",
+           cuda_device ? cuda_device->text().c_str() : "this CPU", manifest.dtype_text.c_str(), e.what(),
+           cuda_device ? ", or use backend \"tensorrt\" with engines made by lococo-build" : "");
     }
   }
   ~OrtBackend() override {
