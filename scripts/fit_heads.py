@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lococo_calibration.blocks import FullCache, Fusion, Policy, Streaming
+from lococo_calibration.blocks import FullCache, Fusion, Policy, ScoreDecay, Slots, Streaming
 from lococo_calibration.data import Corpus, load_corpus
 from lococo_calibration.evaluate import (
     as_json,
@@ -47,7 +47,7 @@ from lococo_runtime.llm import load_tokenizer
 from safetensors.torch import save_file
 
 from lococo_export.checkpoints import load_checkpoint
-from lococo_export.reference import ReferenceModel
+from lococo_export.reference import ReferenceModel, select, take_columns
 
 try:
     import tomllib
@@ -295,11 +295,12 @@ def sweep(args: argparse.Namespace, job: dict[str, Any], record: Record) -> None
     for m in job["mem_sizes"]:
         policies += [Fusion(LococoConfig.h2o(m, block)), Streaming(model, m)]
         for variant in job["sweep"]:
-            local = round(variant["local_share"] * m)
-            policies.append(Unfused(dataclasses.replace(
-                LococoConfig.h2o(m, block), local_len=local, score_decay=variant["score_decay"],
-                decay_per=variant.get("decay_per", "token"),
-            )))  # fmt: skip
+            variant = dict(variant)
+            cache = dataclasses.replace(
+                LococoConfig.h2o(m, block), local_len=round(variant.pop("local_share") * m),
+                score_decay=variant.pop("score_decay"), decay_per=variant.pop("decay_per", "token"),
+            )  # fmt: skip
+            policies.append(Studied(cache, rule=ScoreRule(**variant)) if variant else Unfused(cache))
     if torch.cuda.is_available():  # replayed forwards of decoding equal launched ones
         for policy in policies[1:3]:
             ids = measure.ids["prose"][:2, : block + 600]
@@ -388,6 +389,85 @@ class Unfused(Fusion):
     @property
     def name(self) -> str:
         return "unfused " + " ".join(f"{k}={getattr(self.cache, k)}" for k in ("local_len", "score_decay", "decay_per"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRule:
+    """Other ways to score columns and to select by the scores.
+
+    Attributes:
+        accumulate: "sum" or "max" of what queries give.
+        group: "sum" or "max" over the query heads that share a key.
+        power: of every attention weight.
+        value_power: selections multiply by the norm of the value to this power.
+        key_distance: selections multiply by 1 - cosine of the key and the mean key, to this power.
+        pool, pool_width: "avg" or "max" of neighbours' scores, over so many.
+        slope: the share of recent slots changes by this from the first layer to the last, the mean staying.
+    """
+
+    accumulate: str = "sum"
+    group: str = "sum"
+    power: float = 1.0
+    value_power: float = 0.0
+    key_distance: float = 0.0
+    pool: str = ""
+    pool_width: int = 5
+    slope: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleDecay(ScoreDecay):
+    rule: ScoreRule = ScoreRule()
+
+    def receive(self, weights: torch.Tensor, query_weight: torch.Tensor) -> torch.Tensor:
+        weights = weights.pow(self.rule.power) if self.rule.power != 1 else weights
+        weights = weights.sum(2) if self.rule.group == "sum" else weights.amax(2)  # (R, K, n, S)
+        if self.rule.accumulate == "max":
+            return (weights * query_weight[:, None, :, None]).amax(2)
+        return (query_weight[:, None, None] @ weights).squeeze(2)
+
+    def add(self, past: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
+        return torch.maximum(past, received) if self.rule.accumulate == "max" else past + received
+
+
+@dataclasses.dataclass(frozen=True)
+class Studied(Fusion):
+    """A selection without fusion by another rule."""
+
+    rule: ScoreRule = ScoreRule()
+    layers: int = 30
+
+    @property
+    def name(self) -> str:
+        rule = {k: v for k, v in dataclasses.asdict(self.rule).items() if v != getattr(ScoreRule, k)}
+        if "pool" not in rule:
+            rule.pop("pool_width", None)
+        shown = {"local_len": self.cache.local_len, "score_decay": self.cache.score_decay, **rule}
+        return "studied " + " ".join(f"{k}={v}" for k, v in shown.items())
+
+    @property
+    def decay(self) -> ScoreDecay:
+        return RuleDecay(self.cache.score_decay, self.cache.decay_per == "token", self.rule)
+
+    def compress(self, layer: int, slots: Slots, position: int | torch.Tensor) -> Slots:
+        rule, scores = self.rule, slots.scores
+        if rule.value_power:
+            scores = scores * slots.value.float().norm(dim=-1).pow(rule.value_power)
+        if rule.key_distance:
+            key = slots.key.float()
+            cosine = torch.cosine_similarity(key, key.mean(2, keepdim=True), dim=-1)
+            scores = scores * (1 - cosine).clamp(min=1e-3).pow(rule.key_distance)
+        if rule.pool:
+            half = rule.pool_width // 2
+            if rule.pool == "avg":
+                scores = torch.nn.functional.avg_pool1d(scores, rule.pool_width, 1, half)
+            else:
+                scores = torch.nn.functional.max_pool1d(scores, rule.pool_width, 1, half)
+        m = self.mem_size
+        local = self.cache.local_len + round(m * rule.slope * (layer / (self.layers - 1) - 0.5))
+        length = torch.full(scores.shape[:1], scores.shape[2], device=scores.device)
+        chosen = select(scores, length, dataclasses.replace(self.cache, local_len=local))
+        return Slots(*(take_columns(x, chosen.keep) for x in (slots.key, slots.value, slots.scores)))
 
 
 def load_heads(stages: Path, job: dict[str, Any], model: ReferenceModel) -> list[Any]:

@@ -29,6 +29,8 @@ from lococo_runtime.bundle import LococoConfig
 from safetensors.torch import load_file
 from tiny_models import make_model
 from tokenizers import Tokenizer, models
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lococo_export import export_bundle, load_checkpoint
 from lococo_export.reference import ReferenceModel, ReferenceSession
@@ -535,6 +537,26 @@ def test_lora_reaches_further_with_scaled_positions(model: Path, text: Path, tmp
     assert config["max_position_embeddings"] == 2 * limit
     rope = load_checkpoint(tmp_path / "out").geometry.rope
     assert (rope["type"], rope["factor"]) == ("linear", 2.0)
+
+
+def test_yarn_reaches_further_than_the_windows_and_the_plain_model_teaches(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    limit = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    more = {"positions": 4 * limit, "rope_scaling": "yarn", "tune": ("norms",), "distill_weight": 1.0, "steps": 1}
+    fit = Fit(settings(model, text, tmp_path / "out", reconstruction_weight=0.0, **more), show=quiet)
+    plain = ReferenceModel(load_checkpoint(model, policy="h2o", mem_size=12))
+    torch.testing.assert_close(fit.losses.teacher.inv_freq, plain.inv_freq)
+    assert not torch.equal(fit.model.inv_freq, plain.inv_freq)
+    fit.run()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 4 * limit
+    saved = ReferenceModel(load_checkpoint(tmp_path / "out"))
+    torch.testing.assert_close(saved.inv_freq, fit.model.inv_freq)
+    theirs = AutoConfig.from_pretrained(tmp_path / "out")
+    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+    torch.testing.assert_close(saved.inv_freq.float(), inv_freq)
+    assert attention_factor == 1
 
 
 def test_tuning_needs_a_loss_that_reaches_the_model(model: Path, text: Path, tmp_path: Path) -> None:

@@ -110,6 +110,14 @@ class ScoreDecay:
         """What scores from before the forward are multiplied with."""
         return self.factor ** (forward.stop - forward.start if forward.stepwise or self.per_token else 1)
 
+    def receive(self, weights: Tensor, query_weight: Tensor) -> Tensor:
+        """What columns receive (R, K, S) from weights (R, K, H / K, n, S) float32 of queries that count (1, n)."""
+        return (query_weight.repeat(1, weights.shape[2])[:, None, None] @ weights.flatten(2, 3)).squeeze(2)
+
+    def add(self, past: Tensor, received: Tensor) -> Tensor:
+        """Scores (R, K, S) from those before, aged already, and what was received."""
+        return past + received
+
 
 class Policy(Protocol):
     """What happens to a cache that is over its capacity."""
@@ -264,6 +272,7 @@ def attend(
     values: Tensor,  # (R, K, S, d)
     visible: Tensor,  # (1, n, S) bool
     weight: Tensor,  # (1, n) float32
+    decay: ScoreDecay,
 ) -> tuple[Tensor, Tensor]:
     """`Attention.attend` before the output projection: (R, H, n, d), and what every column receives (R, K, S).
 
@@ -277,7 +286,7 @@ def attend(
             (rows @ keys.detach().transpose(2, 3)).mul_(query.shape[3] ** -0.5).view(*keys.shape[:2], group, n, columns)
         )
         weights = weights.float().masked_fill_(~visible[:, None, None], -torch.inf).softmax(-1)
-        received = (weight.repeat(1, group)[:, None, None] @ weights.flatten(2, 3)).squeeze(2)  # (R, K, S)
+        received = decay.receive(weights, weight)
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     out = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible[:, None])
     return out, received
@@ -285,13 +294,13 @@ def attend(
 
 def read_layer(
     layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, past_key: Tensor, past_value: Tensor,
-    visible: Tensor, weight: Tensor,
+    visible: Tensor, weight: Tensor, decay: ScoreDecay,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`DecoderLayer.forward`: output (B, n, hidden), all keys and values (B, K, L + n, d), what columns received."""
     attention = layer.self_attn
     query, key, value = attention.project(layer.input_layernorm(x), cos, sin)
     keys, values = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
-    mixed, received = attend(query, keys, values, visible, weight)
+    mixed, received = attend(query, keys, values, visible, weight, decay)
     x = x + attention.o_proj(mixed.transpose(1, 2).flatten(2))
     return x + layer.mlp(layer.post_attention_layernorm(x)), keys, values, received
 
@@ -303,7 +312,7 @@ def append(
     received = received.detach()
     if decay.factor and slots is not None:
         past = slots.scores * decay.past(forward)
-        received = received + F.pad(past, (0, received.shape[-1] - past.shape[-1]))
+        received = decay.add(F.pad(past, (0, received.shape[-1] - past.shape[-1])), received)
     return Slots(key, value, received, None if slots is None else slots.sinks)
 
 
@@ -336,7 +345,7 @@ class BlockReader:
         for i, layer in enumerate(model.model.layers):
             old = self.slots[i] if self.slots else None
             past_key, past_value = (old.key, old.value) if old else (empty, empty)
-            inputs = (cast(DecoderLayer, layer), x, cos, sin, past_key, past_value, visible, weight)
+            inputs = (cast(DecoderLayer, layer), x, cos, sin, past_key, past_value, visible, weight, decay)
             if self.checkpointing and torch.is_grad_enabled():
                 x, keys, values, received = checkpoint(read_layer, *inputs, use_reentrant=False)
             else:

@@ -87,9 +87,10 @@ class Fit:
         )
         if base.format == "lococo-merged":
             raise ConfigError(f"{settings.model}: has fusion heads among its tensors; fit heads for the plain model")
-        self.rope_factor = 1.0
-        if settings.lora:
-            base, self.rope_factor = _scale_rope(base, settings)
+        plain = base
+        self.rope_scaling: dict[str, Any] = {}  # what config.json is to say of it
+        if settings.lora or settings.positions:
+            base, self.rope_scaling = _scale_rope(base, settings)
         self.base = base
         with self.workers.first_goes_first():
             self.corpus, self.train_documents, self.held_out_documents = _load_text(settings, base)
@@ -99,7 +100,8 @@ class Fit:
         torch.backends.cudnn.deterministic = True  # the gradient of a convolution; a seed is to repeat a run
         self.heads = nn.ModuleList(TrainableHead(h, self.model.dtype) for h in self._start()).to(device)
         self.tuned = TunedWeights(self.model, settings.tune, settings.lora, settings.lora_alpha)
-        teacher = ReferenceModel(base, DTYPES[name], device) if self.tuned.masters and settings.distill_weight else None
+        changes = bool(self.tuned.masters or self.rope_scaling)
+        teacher = ReferenceModel(plain, DTYPES[name], device) if changes and settings.distill_weight else None
         self.losses = Losses(self.model, self.heads, settings, teacher)
         self._graphs: dict[str, GraphedBatch] = {}  # by regime
         self._board: Any = None
@@ -476,8 +478,8 @@ class Fit:
             shutil.copymode(staging / "config.json", staging / HEADS_NAME)  # safetensors files are private at first
             record = self._record()
             (staging / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            if self.rope_factor != 1:
-                _write_rope(staging / "config.json", self.rope_factor, s.context)
+            if self.rope_scaling:
+                _write_rope(staging / "config.json", self.rope_scaling, max(s.context, s.positions))
             (staging / CARD_NAME).write_text(model_card(s, record, source.name), encoding="utf-8")
 
     def _record(self) -> dict[str, Any]:
@@ -514,33 +516,39 @@ def _model_digest(checkpoint: Checkpoint) -> str:
     return "-".join(sha256_file(f)[:16] for f in [checkpoint.source_dir / "config.json", *files])
 
 
-def _scale_rope(base: Checkpoint, settings: FitSettings) -> tuple[Checkpoint, float]:
-    """The model with positions divided by a factor, so that the context fits the trained range (arXiv 2306.15595)."""
+def _scale_rope(base: Checkpoint, settings: FitSettings) -> tuple[Checkpoint, dict[str, Any]]:
+    """The model with RoPE scaled to more positions than it was trained on, and config.json's word for it.
+
+    Linear: every position divided by the factor (arXiv 2306.15595). YaRN (arXiv 2309.00071): only channels that do not
+    complete a turn within the trained positions; its temperature stays 1, as a query sees no more columns than before.
+    """
     path = base.source_dir / "config.json"
     limit = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
-    if not limit or settings.context <= limit:
-        return base, 1.0
+    wanted = max(settings.context, settings.positions)
+    if not limit or wanted <= limit:
+        return base, {}
     rope = base.geometry.rope
     if rope["type"] != "default":
         raise UnsupportedError(
-            f"{path}: a context above {limit} scales RoPE linearly, but it is {rope['type']} already"
+            f"{path}: {wanted} positions, above {limit}, scale RoPE, but it is {rope['type']} already"
         )
-    if settings.distill_weight or settings.reconstruction_weight:
+    if settings.context > limit and (settings.distill_weight or settings.reconstruction_weight):
         raise ConfigError(
             f"context={settings.context}: the model was trained to {limit} positions, so its full cache is no teacher"
             " beyond; expected --reconstruction-weight 0 --distill-weight 0 --lm-weight 1"
         )
-    factor = settings.context / limit
-    geometry = dataclasses.replace(base.geometry, rope={**rope, "type": "linear", "factor": factor})
-    return dataclasses.replace(base, geometry=geometry), factor
+    scaling: dict[str, Any] = {"rope_type": settings.rope_scaling, "factor": wanted / limit}
+    if settings.rope_scaling == "yarn":
+        scaling |= {"original_max_position_embeddings": limit, "attention_factor": 1.0}
+    named = {"type" if k == "rope_type" else k: v for k, v in scaling.items()}
+    return dataclasses.replace(base, geometry=dataclasses.replace(base.geometry, rope=rope | named)), scaling
 
 
-def _write_rope(path: Path, factor: float, context: int) -> None:
+def _write_rope(path: Path, scaling: dict[str, Any], positions: int) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
-    scaling = {"rope_type": "linear", "factor": factor}
     if config.get("rope_parameters"):
         config["rope_parameters"] = {**config["rope_parameters"], **scaling}
-    config |= {"rope_scaling": scaling, "max_position_embeddings": context}
+    config |= {"rope_scaling": scaling, "max_position_embeddings": positions}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

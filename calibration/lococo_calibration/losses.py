@@ -115,7 +115,9 @@ class Losses:
             keys, values = key[:, :, part], value[:, :, part]
             if slots is not None:
                 keys, values = torch.cat([slots.key, keys], 2), torch.cat([slots.value, values], 2)
-            mixed, received = attend(query[:, :, part], keys, values, visible, weight)  # (layers * B, H, n, d)
+            mixed, received = attend(
+                query[:, :, part], keys, values, visible, weight, self.policy.decay
+            )  # (layers * B, H, n, d)
             if mixed.requires_grad:
                 goal = target[:, :, part]
                 out = torch.bmm(mixed.transpose(1, 2).reshape(count, -1, project.shape[1]), project).view(goal.shape)

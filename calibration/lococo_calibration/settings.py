@@ -55,6 +55,8 @@ class FitSettings:
     tune_lr: float = _option(5e-5, "learning rate of those, and of LoRA")
     lora: int = _option(0, "rank of LoRA on q, k, v, o, merged when saved; 0: none. A longer context scales RoPE")
     lora_alpha: float = _option(16.0, "LoRA's scale is this over its rank")
+    positions: int = _option(0, "scale RoPE to so many positions, more than a window has; 0: to the context, with LoRA")
+    rope_scaling: str = _option("linear", "how: linear, yarn")
     bptt: int = _option(2, "fusions that a gradient crosses")
     decode_share: float = _option(0.25, "share of steps that fit token-by-token decoding, the others fit blocks")
     decode_fusions: int = _option(8, "fusions of such a step")
@@ -111,7 +113,7 @@ class FitSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("reconstruction_weight", "lm_weight", "distill_weight", "lr", "normalizer_lr", "tune_lr", "warmup",
-                     "clip", "weight_decay", "eval_every", "seed", "init_std", "lora", "lora_alpha",
+                     "clip", "weight_decay", "eval_every", "seed", "init_std", "lora", "lora_alpha", "positions",
                      "decode_blocks"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -122,6 +124,7 @@ class FitSettings:
             raise ConfigError("lm_weight, distill_weight, reconstruction_weight: expected one above 0, all are 0")
         for name, allowed in (
             ("schedule", ("constant", "cosine")),
+            ("rope_scaling", ("linear", "yarn")),
             ("dtype", ("auto", "fp32", "bf16")),  # gradients in fp16 would need scaling
             ("heads_dtype", tuple(DTYPES)),
         ):
