@@ -79,6 +79,24 @@ def test_the_page_streams_stops_and_shows_what_it_costs(page: sync_api.Page, ser
     server.wait_for("lococo_running_requests", 0)
 
 
+def test_a_screen_reader_finds_everything(page: sync_api.Page) -> None:
+    expect = sync_api.expect
+    expect(page.get_by_role("heading", level=1)).to_have_text("lococo")
+    page.get_by_label("key").fill("secret")
+    page.get_by_role("textbox", name="Message").fill("Hello")
+    page.get_by_role("button", name="Send").click()
+    log = page.get_by_role("main").get_by_role("log", name="Conversation")
+    expect(log).to_have_attribute("aria-busy", "true")
+    expect(log.get_by_role("article", name="You")).to_have_text("Hello")
+    expect(log.get_by_role("article", name="Model")).to_have_text(re.compile("."))
+    page.get_by_role("button", name="Stop").click()
+    expect(log).to_have_attribute("aria-busy", "false")
+    page.get_by_label("key").fill("wrong")
+    page.get_by_role("textbox", name="Message").fill("Hello")
+    page.get_by_role("button", name="Send").click()
+    expect(log.get_by_role("alert")).to_contain_text("expected the server's key")
+
+
 def test_what_is_said_is_text(page: sync_api.Page) -> None:
     page.fill("#key", "secret")
     say(page, "<img src=x onerror=alert(1)><b>bold</b>")
