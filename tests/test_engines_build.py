@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -16,7 +18,7 @@ import pytest
 from bundles import export_golden
 from conftest import unpack_golden
 from lococo_engines import check_engines, list_engines, read_engines
-from lococo_engines.build import Target, _check_tensors, _timing_cache_file, _Work, build_engines, choose
+from lococo_engines.build import Target, _check_tensors, _copy_of, _timing_cache_file, _Work, build_engines, choose
 from lococo_engines.cli import main
 from lococo_engines.gpu import Device
 from lococo_engines.onnx_prepare import PreparedGraph
@@ -315,6 +317,42 @@ def test_unwritable_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = _timing_cache_file(None, kit, target, notes.append)
     assert found == tmp_path / "caches" / "lococo" / "timing-8.6.0-sm90-nvidia-h100.cache"
     assert not found.exists()  # an empty file is no timing cache
+
+
+def test_a_timing_cache_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT writes a copy; the cache itself is never half-written."""
+    cache = tmp_path / "mine.cache"
+    cache.write_bytes(b"old")
+    (tmp_path / "link").symlink_to(cache)
+    notes: list[str] = []
+    for build, given, expected in ((b"old and new", cache, b"old and new"), (b"newer", tmp_path / "link", b"newer")):
+        with _copy_of(given, tmp_path, notes.append) as copy:
+            assert copy is not None
+            before = Path(copy).read_bytes()
+            assert before == cache.read_bytes()
+            Path(copy).write_bytes(build)
+            assert cache.read_bytes() == before
+        assert cache.read_bytes() == expected
+    with contextlib.suppress(KeyboardInterrupt), _copy_of(cache, tmp_path, notes.append) as copy:
+        assert copy is not None
+        Path(copy).write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert notes == []
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with _copy_of(cache, tmp_path, notes.append) as copy:
+        assert copy is not None
+        Path(copy).write_bytes(b"newest")
+        monkeypatch.setattr(shutil, "copyfile", full)
+    (note,) = notes
+    assert note.startswith(f"note: {cache}: no space left on the disk")
+    assert note.endswith("the timing cache stays as it was")
+    assert cache.read_bytes() == b"newer"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "mine.cache"]
+    with _copy_of(None, tmp_path, notes.append) as copy:
+        assert copy is None
 
 
 def start(bundle: Path, seconds: float) -> subprocess.Popen[str]:

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -304,10 +305,9 @@ def _timing_cache_file(
     path = Path(given) if given else cache_directory() / f"timing-{kit.version}-sm{target.device.sm}-{gpu}.cache"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
-        with contextlib.suppress(FileNotFoundError):  # another build looked at the same time
-            if path.stat().st_size == 0:
-                path.unlink()
+        if path.exists():
+            path.open("r+b").close()
+        tempfile.TemporaryFile(dir=path.resolve().parent).close()  # where it is written before it takes its place
     except OSError as e:
         if given is not None:
             raise storage_error(e, path) from e
@@ -315,6 +315,30 @@ def _timing_cache_file(
         return None
     progress(f"timing cache {path}")
     return path
+
+
+@contextlib.contextmanager
+def _copy_of(cache: Path | None, folder: Path, progress: Callable[[str], None]) -> Iterator[str | None]:
+    """A copy of the timing cache in `folder`, to be read and written, which then takes its place.
+
+    So a build that is killed leaves a whole cache, and a plan that is built is not lost for want of one.
+    """
+    if cache is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        copy = Path(scratch) / cache.name
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(cache, copy)
+        yield os.fspath(copy)
+        if not copy.exists():  # TensorRT kept none
+            return
+        try:
+            with tempfile.TemporaryDirectory(prefix=".lococo-", dir=cache.resolve().parent) as beside:
+                shutil.copyfile(copy, Path(beside) / cache.name)
+                os.replace(Path(beside) / cache.name, cache.resolve())
+        except OSError as e:
+            progress(f"note: {storage_error(e, cache)}; the timing cache stays as it was")
 
 
 @dataclass(frozen=True)
@@ -343,7 +367,7 @@ class _Work:
             network = self._parse(builder, graph, path)
             if not self.options.strongly_typed and self.options.precision == "prefer":
                 _pin_float32(self.kit.trt, network)
-        plan = self._compile(builder, network, spec.name)
+        plan = self._compile(builder, network, spec.name, staging, progress)
         name = f"{spec.name}.plan"
         with (staging / name).open("wb") as f:
             f.write(memoryview(plan))
@@ -420,17 +444,17 @@ class _Work:
             raise BackendError(f"{path}: TensorRT {self.kit.version} does not parse it: {reasons}")
         return network
 
-    def _compile(self, builder: Any, network: Any, label: str) -> Any:
+    def _compile(self, builder: Any, network: Any, label: str, staging: Path, progress: Callable[[str], None]) -> Any:
         """The plan, a trt.IHostMemory."""
         monitor = make_monitor(self.kit.trt, label)
         polygraphy_error = _polygraphy_error()
-        cache = os.fspath(self.timing_cache) if self.timing_cache else None
+        cache = self.timing_cache
         try:
-            with warnings.catch_warnings():  # Polygraphy calls what newer versions deprecate
-                warnings.simplefilter("ignore", DeprecationWarning)
-                config = self._config(builder, network, monitor)
+            with warnings.catch_warnings(), _copy_of(cache, staging, progress) as copy:
+                warnings.simplefilter("ignore", DeprecationWarning)  # Polygraphy calls what newer versions deprecate
+                config = self._config(builder, network, monitor, copy)
                 plan = self.kit.polygraphy.engine_bytes_from_network(
-                    (builder, network), config=config, save_timing_cache=cache
+                    (builder, network), config=config, save_timing_cache=copy
                 )
         except (polygraphy_error, TypeError) as e:
             if monitor is not None and monitor.interrupted:
@@ -442,7 +466,7 @@ class _Work:
             raise kind(f"{label}: TensorRT {self.kit.version} does not build it: {reasons}") from e
         return plan
 
-    def _config(self, builder: Any, network: Any, monitor: Any) -> Any:
+    def _config(self, builder: Any, network: Any, monitor: Any, timing_cache: str | None) -> Any:
         kit, options = self.kit, self.options
         arguments: dict[str, Any] = {
             "memory_pool_limits": {kit.trt.MemoryPoolType.WORKSPACE: options.workspace_limit_bytes},
@@ -457,8 +481,8 @@ class _Work:
             name = _HARDWARE_COMPATIBILITY[options.hardware_compatibility_level]
             level = kit.member("HardwareCompatibilityLevel", name, "hardware_compatibility_level")
             arguments["hardware_compatibility_level"] = level
-        if self.timing_cache is not None and self.timing_cache.exists():
-            arguments["load_timing_cache"] = os.fspath(self.timing_cache)
+        if timing_cache is not None and os.path.exists(timing_cache):
+            arguments["load_timing_cache"] = timing_cache
         if options.kernels == "lococo" and hasattr(kit.trt, "TacticSource"):
             arguments["tactic_sources"] = []  # else 8.6 loads cuBLAS and cuDNN, for plugins that want them
         if not options.strongly_typed:  # 8.6 runs float16 only where a flag allows it
