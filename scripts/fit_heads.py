@@ -41,6 +41,7 @@ from lococo_calibration.evaluate import (
     window_nll,
 )
 from lococo_calibration.fit import Fit
+from lococo_calibration.ruler import RulerPrompt, make_prompts, read_prompts, ruler_rows, save_prompts
 from lococo_calibration.settings import FitSettings, training_plan
 from lococo_runtime.bundle import LococoConfig
 from lococo_runtime.llm import load_tokenizer
@@ -139,13 +140,36 @@ class Measure:
         self.record.add("long", [row])
         print(f"{job} {policy.name} M={policy.mem_size} long: {' '.join(f'{x:.2f}' for x in found)}", flush=True)
 
-    def passkey(self, policy: Policy, block: int, context: int, job: str) -> None:
+    def passkey(self, policy: Policy, block: int, context: int, job: str, haystack: str = "filler") -> None:
+        """Keys among sentences that repeat, or ("text") in held-out prose."""
         tokenizer = load_tokenizer(Path(self.args.model))
-        prompts = passkey_prompts(tokenizer, context, [0.0, 0.25, 0.5, 0.75, 1.0], self.args.trials, 0)
+        documents = None
+        if haystack == "text":
+            corpus = self._corpus(self.args.corpus / "held_out" / "prose")
+            windows = choose_windows(corpus, context, self.args.windows)
+            documents = [ids.tolist() for ids in corpus.read(windows, context)]
+        prompts = passkey_prompts(tokenizer, context, [0.0, 0.25, 0.5, 0.75, 1.0], self.args.trials, 0, documents)
         correct = passkey_model(self.model, policy, prompts, block_size=block, batch=len(prompts))
-        what = {"policy": policy.name, "mem_size": policy.mem_size, "backend": "pytorch", "context": context}
+        what = {"policy": policy.name, "mem_size": policy.mem_size, "backend": "pytorch", "context": context,
+                "haystack": haystack}  # fmt: skip
         self.record.add("passkey", [{"job": job, **r} for r in as_json(passkey_rows(prompts, correct, **what))])
-        print(f"{job} {policy.name} M={policy.mem_size} passkey {context}: {sum(correct)}/{len(correct)}", flush=True)
+        print(f"{job} {policy.name} M={policy.mem_size} key in {haystack} {context}: {sum(correct)}/{len(correct)}",
+              flush=True)  # fmt: skip
+
+    def ruler(self, policy: Policy, block: int, context: int, job: str) -> None:
+        """RULER's tasks, all their prompts side by side."""
+        by_task: dict[str, list[RulerPrompt]] = {}
+        for prompt in read_prompts(self.args.ruler_prompts, Path(self.args.model) / "tokenizer.json"):
+            if prompt.context == context:
+                by_task.setdefault(prompt.task, []).append(prompt)
+        chosen = [p for prompts in by_task.values() for p in prompts[: self.args.ruler_examples]]
+        tokenizer, batch = load_tokenizer(Path(self.args.model)), self.args.eval_batch
+        since = time.time()
+        rows = ruler_rows(self.model, policy, tokenizer, chosen, block_size=block, batch=batch)
+        self.record.add("ruler", [{"job": job, **dataclasses.asdict(row)} for row in rows])
+        self.record.add("seconds", [{"what": f"{policy.name} {policy.mem_size} ruler", "seconds": time.time() - since}])
+        line = " ".join(f"{row.task} {row.score:.2f}" for row in rows)
+        print(f"{job} {policy.name} M={policy.mem_size} RULER {context}: {line}", flush=True)
 
     def all(self, policy: Policy, block: int, job: str) -> None:
         """The quickest first; what no time is left for is left out, and said."""
@@ -154,6 +178,8 @@ class Measure:
         step_contexts = [c for c in contexts if c <= wanted.get("step_context", a.step_context)] or contexts[:1]
         pieces = [("block", lambda: self.perplexity(policy, block, "block", contexts, job))]
         pieces += [(f"passkey {c}", lambda c=c: self.passkey(policy, block, c, job)) for c in a.passkey]
+        pieces += [(f"needle {c}", lambda c=c: self.passkey(policy, block, c, job, "text")) for c in a.needle]
+        pieces += [(f"ruler {c}", lambda c=c: self.ruler(policy, block, c, job)) for c in a.ruler]
         if policy.capacity is not None:
             pieces.append(("step", lambda: self.perplexity(policy, block, "step", step_contexts, job)))
         if a.long and policy.capacity is not None:
@@ -493,10 +519,15 @@ def main() -> None:
     add("--windows", type=int, default=8, help="of either kind of text")
     add("--eval-batch", type=int, default=16)
     add("--passkey", type=int, nargs="*", default=[2048, 4096])
+    add("--needle", type=int, nargs="*", default=[], help="contexts of held-out prose to hide a key in")
     add("--trials", type=int, default=8)
+    add("--ruler", type=int, nargs="*", default=[], help="contexts of RULER's tasks")
+    add("--ruler-examples", type=int, default=20, help="of every task and context")
+    add("--ruler-prompts", type=Path, help="file of them, made with lm-eval if it is not there (CORPUS/ruler.json)")
     add("--job", help=argparse.SUPPRESS)
     add("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.ruler_prompts = args.ruler_prompts or args.corpus / "ruler.json"
     plan = tomllib.loads(args.plan.read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
     if args.job:
@@ -506,6 +537,15 @@ def main() -> None:
     vocabulary = load_checkpoint(str(args.model), policy="h2o", mem_size=256, block_size=512).geometry.vocab_size
     for folder in ("train", *(f"held_out/{kind}" for kind in KINDS)):  # once, before the jobs
         load_corpus([args.corpus / folder], args.model, vocabulary, cache_dir=args.out / "tokens")
+    if args.ruler:
+        tokenizer = args.model / "tokenizer.json"
+        if not args.ruler_prompts.exists():
+            save_prompts(args.ruler_prompts, make_prompts(args.model, args.ruler, args.ruler_examples), tokenizer)
+        missing = set(args.ruler) - {p.context for p in read_prompts(args.ruler_prompts, tokenizer)}
+        if missing:
+            raise SystemExit(
+                f"{args.ruler_prompts}: has no prompts of {sorted(missing)} tokens; delete it to make them"
+            )
     waiting = [j["name"] for j in plan["job"] if not args.jobs or j["name"] in args.jobs]
     alone = {j["name"] for j in plan["job"] if "speed" in j}
     running: dict[str, subprocess.Popen[bytes]] = {}

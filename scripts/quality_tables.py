@@ -58,15 +58,33 @@ def verdicts(rows: list[dict[str, Any]]) -> str:
 
 
 def passkeys(rows: list[dict[str, Any]]) -> str:
-    keys = list(dict.fromkeys((r["context"], r["mem_size"], r["job"], r["policy"]) for r in rows))
+    def key(r: dict[str, Any]) -> tuple[str, int, int, str, str]:
+        return r.get("haystack", "filler"), r["context"], r["mem_size"], r["job"], r["policy"]
+
     lines = []
-    for context, m, job, policy in sorted(keys):
-        mine = [r for r in rows if (r["context"], r["mem_size"], r["job"], r["policy"]) == (context, m, job, policy)]
+    for haystack, context, m, job, policy in sorted(set(map(key, rows))):
+        mine = [r for r in rows if key(r) == (haystack, context, m, job, policy)]
         depths = [f"{r['correct']}/{r['trials']}" for r in sorted(mine, key=lambda r: r["depth"])]
         name = policy if job == "baselines" else f"{policy} ({job})"
-        lines.append([f"{context:,}", str(m or "-"), name, *depths])
+        lines.append([haystack, f"{context:,}", str(m or "-"), name, *depths])
     depths = sorted({r["depth"] for r in rows})
-    return table(["context", "M", "policy", *(f"depth {d:g}" for d in depths)], lines)
+    return table(["among", "context", "M", "policy", *(f"depth {d:g}" for d in depths)], lines)
+
+
+def ruler(rows: list[dict[str, Any]]) -> str:
+    """A line a policy and context; a column a task: the mean share of wanted strings that answers hold."""
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    keys = list(dict.fromkeys((r["context"], r["mem_size"], r["job"], r["policy"]) for r in rows))
+    found = {(r["context"], r["mem_size"], r["job"], r["policy"], r["task"]): r for r in rows}
+    lines = []
+    for context, m, job, policy in sorted(keys, key=lambda k: k[:2]):
+        cells = [found.get((context, m, job, policy, task)) for task in tasks]
+        name = policy if job == "baselines" else f"{policy} ({job})"
+        scores = [f"{c['score']:.2f}" if c else "" for c in cells]
+        mean = f"{sum(c['score'] for c in cells if c) / len(cells):.2f}" if all(cells) else ""
+        examples = str(max(c["examples"] for c in cells if c))
+        lines.append([f"{context:,}", str(m or "-"), name, *scores, mean, examples])
+    return table(["context", "M", "policy", *tasks, "mean", "examples a task"], lines)
 
 
 def selections(rows: list[dict[str, Any]]) -> str:
@@ -121,13 +139,13 @@ def run_tables(folder: Path) -> str:
     shared = documents.get("baselines", {}).get("also_from")  # another run that measured them on the same windows
     if shared:
         other = json.loads((folder.parent / shared / "baselines.json").read_text(encoding="utf-8"))
-        for key in ("perplexity", "passkey"):
+        for key in ("perplexity", "passkey", "ruler"):
             mine = documents["baselines"].setdefault(key, [])
             known = {(r["policy"], r["mem_size"], r.get("regime"), r["context"]) for r in mine}
             sizes = {0} | {
                 r["mem_size"] for d in documents.values() for r in d.get(key, []) if "sweep" not in d.get("job", {})
             }
-            mine += [r for r in other[key] if r["mem_size"] in sizes
+            mine += [r for r in other.get(key, []) if r["mem_size"] in sizes
                      and (r["policy"], r["mem_size"], r.get("regime"), r["context"]) not in known]  # fmt: skip
 
     def rows(key: str) -> list[dict[str, Any]]:
@@ -145,6 +163,7 @@ def run_tables(folder: Path) -> str:
         ("Perplexity", "perplexity", perplexity),
         ("Long stretches of prose, read in blocks", "long", long_stretches),
         ("Pass keys found", "passkey", passkeys),
+        ("RULER's tasks", "ruler", ruler),
     ):
         if rows(key):
             parts += [f"**{title}.**", render(rows(key))]

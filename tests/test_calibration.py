@@ -21,6 +21,7 @@ from lococo_calibration.blocks import (
     read_uncompressed,
 )
 from lococo_calibration.evaluate import PolicySession, check_contexts, perplexity_rows, read_forwards, window_nll
+from lococo_calibration.generate import generate
 from lococo_calibration.heads import TrainableHead, initial_heads
 from lococo_calibration.losses import Losses
 from lococo_calibration.settings import FitSettings, TrainingPlan, training_plan
@@ -118,6 +119,42 @@ def test_a_session_goes_on_as_the_reference(base: Checkpoint, windows: np.ndarra
         ids = torch.from_numpy(windows[:, a:b])
         expected = reference.prefill(ids, return_all=True)
         torch.testing.assert_close(mine.read(ids), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CACHES, "streaming", "full"])
+def test_prompts_side_by_side_are_prompts_alone(base: Checkpoint, name: str) -> None:
+    """Prompts of many lengths, and answers of many lengths, as a session with one prompt gives them."""
+    if name in CACHES:
+        model = with_heads(base, CACHES[name])
+        policy: Policy = policy_of(model)
+    else:
+        model = ReferenceModel(base)
+        policy = Streaming(model, 12, 4) if name == "streaming" else FullCache()
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, VOCAB, n).tolist() for n in (2, 70, 8, 13, 41, 40, 70, 3, 22, 17)]
+    limits = [30, 40, 40, 1, 35, 40, 7, 40, 40, 12]
+    ends = model.geometry.eos_token_ids
+    alone = []
+    for prompt, limit in zip(prompts, limits, strict=True):
+        session = PolicySession(model, policy, 8)
+        logits, found = session.read(torch.tensor([prompt])), []
+        while len(found) < limit and (token := int(logits[0, -1].argmax())) not in ends:
+            found.append(token)
+            logits = session.read(torch.tensor([[token]]))
+        alone.append(found)
+    assert len(set(map(len, alone))) > 3
+    assert generate(model, policy, prompts, limits, block_size=8, batch=3) == alone
+    cut = [found[: found.index(found[2]) + 1] if len(found) > 2 else found for found in alone]
+    stop = lambda number, found: len(alone[number]) > 2 and found[-1] == alone[number][2]  # noqa: E731
+    assert generate(model, policy, prompts, limits, block_size=8, stop=stop) == cut
+
+
+def test_generation_refuses_nothing_to_read(base: Checkpoint) -> None:
+    model = ReferenceModel(base)
+    assert generate(model, FullCache(), [], [], block_size=8) == []
+    for prompts, limits in (([[3], []], [1, 1]), ([[3]], [0])):
+        with pytest.raises(InvalidArgumentError, match="at least 1 new token"):
+            generate(model, FullCache(), prompts, limits, block_size=8)
 
 
 def test_full_cache_is_one_causal_forward(base: Checkpoint, windows: np.ndarray) -> None:

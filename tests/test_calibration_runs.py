@@ -19,16 +19,26 @@ import numpy as np
 import pytest
 import torch
 from lococo_calibration import DivergedError, Fit, FitSettings, load_corpus
-from lococo_calibration.blocks import Fusion
+from lococo_calibration.blocks import FullCache, Fusion
 from lococo_calibration.cli import eval_main, fit_main
 from lococo_calibration.data import batch_windows
 from lococo_calibration.evaluate import PasskeyPrompt, passkey_model, passkey_prompts, passkey_session, read_forwards
+from lococo_calibration.ruler import (
+    RULER_TASKS,
+    RulerPrompt,
+    make_prompts,
+    read_prompts,
+    ruler_rows,
+    save_prompts,
+    score,
+)
 from lococo_runtime import CorruptError, InvalidArgumentError, NotFoundError, Session
 from lococo_runtime._exceptions import ConfigError, NoSpaceError, OutOfMemoryError, TargetExistsError
 from lococo_runtime.bundle import LococoConfig
+from lococo_runtime.llm import load_tokenizer
 from safetensors.torch import load_file
 from tiny_models import make_model
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -661,23 +671,70 @@ def test_harness_model_scores_and_generates(fitted: Path) -> None:
         lm.generate_until([Request(context, {"do_sample": True})])
 
 
-@pytest.mark.skipif(not os.environ.get("LOCOCO_RULER"), reason="makes RULER's data for a minute; set LOCOCO_RULER=1")
+def test_answers_are_scored_as_the_harness_scores_them() -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
+
+    for answer in ("", " 12\n", "the Words are apple,\tPEAR\x07plum", "app\nle pear", "apple"):
+        for outputs in (["apple", "pear", "plum"], ["app\nle"], ["12"], ["APPLE", "x"]):
+            assert score(answer, outputs) == string_match_all(postprocess_pred([answer]), [outputs])
+
+
+def test_prompts_are_kept_in_a_file(model: Path, tmp_path: Path) -> None:
+    path, tokenizer = tmp_path / "made" / "ruler.json", model / "tokenizer.json"
+    prompts = [RulerPrompt("ruler_vt", 512, "abc = 1\nabc", ["abc"], 30)]
+    save_prompts(path, prompts, tokenizer)
+    assert read_prompts(path, tokenizer) == prompts
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        read_prompts(path, tmp_path / "tokenizer.json")
+    path.write_text('{"prompts": [{"task": 1}]}')
+    with pytest.raises(CorruptError, match="not prompts of RULER"):
+        read_prompts(path, tokenizer)
+
+
+@pytest.mark.skipif(not os.environ.get("LOCOCO_RULER"), reason="makes RULER's data for minutes; set LOCOCO_RULER=1")
 @pytest.mark.filterwarnings("ignore")
-def test_a_ruler_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """niah_single_1 makes its data here, with the model's tokenizer, for all policies side by side."""
+def test_ruler_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tasks make their data here, with the model's tokenizer: the first examples of every length, the same for all
+    policies, and the same that scripts/fit_heads.py measures on."""
     pytest.importorskip("lm_eval")
     pytest.importorskip("wonderwords")
     make_model(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    arguments = ["--model", str(tmp_path / "model"), "--tasks", "niah_single_1", "--task-lengths", "1024",
-                 "--task-limit", "1", "--block-size", "512", "--mem-size", "64"]  # fmt: skip
-    assert eval_main([*arguments, "--json", str(tmp_path / "out.json")]) == 0, capsys.readouterr().err
+    tokenizer = load_tokenizer(tmp_path / "model")
+    tokenizer.decoder = decoders.Fuse()  # no spaces between characters
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    tasks = ["niah_single_1", "niah_multikey_2"]
+    arguments = ["--model", str(tmp_path / "model"), "--tasks", *tasks, "--task-lengths", "1536", "2048",
+                 "--task-limit", "3", "--block-size", "512", "--mem-size", "64", "--batch", "4"]  # fmt: skip
+    asked: list[Any] = []
+
+    def answer(*args: Any, **options: Any) -> list[list[int]]:
+        asked.append(args[2])
+        return list(args[2])  # the whole prompt holds the answer; what this model says does not
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lococo_calibration.harness.generate", answer)
+        patch.setattr("lococo_calibration.ruler.generate", answer)
+        assert eval_main([*arguments, "--json", str(tmp_path / "out.json")]) == 0, capsys.readouterr().err
+        batches = [prompt for prompts in asked for prompt in prompts]
+        assert len(batches) == 3 * len(tasks) * 2 * 3
+        assert batches[:12] == batches[12:24] == batches[24:]
+        prompts = make_prompts(tmp_path / "model", [1536, 2048], 3, tasks=tasks)
+        model = ReferenceModel(load_checkpoint(tmp_path / "model", policy="h2o", mem_size=64))
+        found = ruler_rows(model, FullCache(), load_tokenizer(tmp_path / "model"), prompts, block_size=512)
+    assert sorted(batches[:12]) == sorted(asked[-1])
     rows = json.loads((tmp_path / "out.json").read_text())["tasks"]
     assert [(r["policy"], r["task"], r["metric"]) for r in rows] == [
-        (policy, "niah_single_1", "1024") for policy in ("full", "h2o", "streaming")
+        (policy, task, metric)
+        for policy in ("full", "h2o", "streaming")
+        for task in tasks
+        for metric in ("1536", "2048")
     ]
-    assert all(0 <= r["value"] <= 1 for r in rows)
+    assert {(r["task"], int(r["metric"]), r["value"]) for r in rows} == {(r.task, r.context, r.score) for r in found}
+    assert all(r.score > 0 for r in found)
 
 
 # --- comparing recipes ------------------------------------------------------------------------------------------------
@@ -714,9 +771,13 @@ block_sizes = [8]
 mem_sizes = [12]
 """)
     scripts = Path(__file__).resolve().parent.parent / "scripts"
+    prompts = [RulerPrompt(task, context, random_text(context - 20 - i, i), list("aeT9~Z"), 9 + i)
+               for task in RULER_TASKS for context in (90, 120) for i in range(3)]  # fmt: skip
+    save_prompts(corpus / "ruler.json", prompts, model / "tokenizer.json")
     command = [sys.executable, str(scripts / "fit_heads.py"), str(plan), "--model", str(model), "--corpus", str(corpus),
                "--out", str(out), "--context", "256", "--step-context", "256", "--windows", "1", "--passkey", "500",
-               "--trials", "1", "--budget-seconds", "300"]  # fmt: skip
+               "--trials", "1", "--needle", "400", "--ruler", "90", "120", "--ruler-examples", "2",
+               "--budget-seconds", "300"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads((out / "m12.json").read_text())
@@ -732,6 +793,27 @@ mem_sizes = [12]
     row = next(r for r in record["perplexity"] if (r["context"], r["regime"], r["kind"]) == (256, "block", "code"))
     assert f"| {row['perplexity']:.3f} |" in text_of
     assert len([line for line in text_of.splitlines() if line.startswith("| m12 | code | 12 | step | 256")]) == 1
+    # answers of the heads that were saved, one prompt after the other; the first two of each
+    loaded = load_checkpoint(out / "stages" / "m12-1")
+    reference = ReferenceModel(loaded)
+    found = [p for p in prompts if p.context == 120][:2]
+    values = []
+    for prompt in found:
+        session, answer = ReferenceSession(reference), ""
+        logits = session.prefill([LETTERS.index(c) for c in prompt.prompt])
+        for _ in range(prompt.max_new_tokens):
+            token = int(logits.argmax())
+            if token in reference.geometry.eos_token_ids:
+                break
+            answer += LETTERS[token]
+            logits = session.step(token)
+        values.append(score(answer, prompt.outputs))
+    scores = [r for r in record["ruler"] if r["context"] == 120]
+    assert [(r["task"], r["policy"], r["examples"]) for r in scores] == [(task, "lococo", 2) for task in RULER_TASKS]
+    assert scores[0]["score"] == sum(values) / 2
+    cells = " | ".join(f"{r['score']:.2f}" for r in scores)
+    assert f"| 120 | 12 | lococo (m12) | {cells} |" in text_of
+    assert len([line for line in text_of.splitlines() if line.startswith("| text | 400 | 12 | ")]) == 3
 
 
 def test_shipped_heads_are_whole() -> None:

@@ -86,6 +86,11 @@ class Slots:
     def detach(self) -> Slots:
         return Slots(self.key.detach(), self.value.detach(), self.scores, self.sinks)
 
+    def rows(self, rows: list[int]) -> Slots:
+        """Some sequences of the batch."""
+        sinks = None if self.sinks is None else self.sinks[rows]
+        return Slots(self.key[rows], self.value[rows], self.scores[rows], sinks)
+
 
 @dataclass(frozen=True)
 class ScoreDecay:
@@ -143,7 +148,7 @@ class Policy(Protocol):
         ...
 
     def compress(self, layer: int, slots: Slots, position: int | Tensor) -> Slots:
-        """Exactly `mem_size` columns; `position` tokens (a number, or (1,)) have been read."""
+        """Exactly `mem_size` columns; `position` tokens (a number, (1,), or (B, 1, 1, 1)) have been read."""
         ...
 
 
@@ -250,7 +255,7 @@ class Streaming:
     def compress(self, layer: int, slots: Slots, position: int | Tensor) -> Slots:
         first = slots.key[:, :, : self.num_sinks] if slots.sinks is None else slots.sinks
         # the next token is `mem_size` columns from the first sink, and stands at `position`
-        angles = (position - self.mem_size) * self.model.inv_freq  # (d/2,) float64
+        angles = (position - self.mem_size) * self.model.inv_freq  # (..., d/2) float64
         turned = rotate(first.float(), angles.cos().float(), angles.sin().float()).to(first.dtype)
         recent = self.mem_size - self.num_sinks
         kept = [torch.cat([x[:, :, : self.num_sinks], x[:, :, -recent:]], 2) for x in (slots.value, slots.scores)]

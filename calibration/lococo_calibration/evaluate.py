@@ -57,22 +57,44 @@ class PolicySession:
     def __init__(self, model: ReferenceModel, policy: Policy, block_size: int) -> None:
         self.policy, self.block_size = policy, block_size
         self._reader = BlockReader(model, policy)
-        self._live = 0
+        self.live = 0
+        """Columns of every row's cache."""
+
+    @property
+    def slots(self) -> list[Slots]:
+        """The caches, one a layer."""
+        return self._reader.slots
+
+    @property
+    def position(self) -> int:
+        """Tokens read."""
+        return int(self._reader.position)
 
     @torch.inference_mode()
-    def read(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) float32 of ids (B, T)."""
+    def read(self, ids: Tensor, *, last_only: bool = False) -> Tensor:
+        """Logits (B, T, V) float32 of ids (B, T); (B, 1, V) of the last one alone with `last_only`."""
         policy, reader = self.policy, self._reader
         logits = []
-        for part in torch.split(ids, self.block_size, 1):
-            n, start = part.shape[1], int(reader.position)
-            fuses = policy.capacity is not None and self._live + n > policy.capacity
-            hidden = reader.read(part, Forward(start, start + n, self._live, False, fuses))
-            logits.append(reader.model.lm_head(hidden).float())
-            self._live = policy.mem_size if fuses else self._live + n
+        parts = torch.split(ids, self.block_size, 1)
+        for i, part in enumerate(parts):
+            n, start = part.shape[1], self.position
+            fuses = policy.capacity is not None and self.live + n > policy.capacity
+            hidden = reader.read(part, Forward(start, start + n, self.live, False, fuses))
+            if not last_only:
+                logits.append(reader.model.lm_head(hidden).float())
+            elif i == len(parts) - 1:
+                logits.append(reader.model.lm_head(hidden[:, -1:]).float())
+            self.live = policy.mem_size if fuses else self.live + n
             if fuses:
                 reader.compress()
         return torch.cat(logits, 1)
+
+    def rows(self, rows: list[int]) -> PolicySession:
+        """Some of the sequences, to go on apart from the others."""
+        part = PolicySession(self._reader.model, self.policy, self.block_size)
+        part._reader.slots = [slots.rows(rows) for slots in self.slots]
+        part._reader.position, part.live = self.position, self.live
+        return part
 
 
 def window_nll(

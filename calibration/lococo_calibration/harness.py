@@ -16,13 +16,13 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lococo_runtime import InvalidArgumentError
 from lococo_runtime.llm import load_tokenizer
-from torch import Tensor
 
 from lococo_export.checkpoints import load_checkpoint
 from lococo_export.reference import ReferenceModel
 
 from .blocks import Fusion, Policy
 from .evaluate import PolicySession
+from .generate import generate
 from .settings import DTYPES, choose_device
 
 MAX_NEW_TOKENS = 256  # where a task names none, as in the harness's own models
@@ -34,30 +34,39 @@ class LococoLM(TemplateLM):  # type: ignore[misc]
     Args:
         tokenizer: of the `tokenizers` library.
         eot_token_id: ends a generation, and stands before text without context.
+        batch: prompts generated for at once; each as if it were alone.
     """
 
     def __init__(
-        self, model: ReferenceModel, policy: Policy, tokenizer: Any, *, block_size: int, eot_token_id: int
+        self,
+        model: ReferenceModel,
+        policy: Policy,
+        tokenizer: Any,
+        *,
+        block_size: int,
+        eot_token_id: int,
+        batch: int = 8,
     ) -> None:
         super().__init__()
-        self.model, self.policy, self.block_size = model, policy, block_size
+        self.model, self.policy, self.block_size, self.batch = model, policy, block_size, batch
         self._tokenizer, self._eot = tokenizer, eot_token_id
 
     @classmethod
-    def load(cls, checkpoint: str | Path, *, dtype: str = "fp32", device: str = "auto") -> LococoLM:
+    def load(cls, checkpoint: str | Path, *, dtype: str = "fp32", device: str = "auto", batch: int = 8) -> LococoLM:
         """The heads of a fitted checkpoint."""
         loaded = load_checkpoint(checkpoint)
         model = ReferenceModel(loaded, DTYPES[dtype], choose_device(device))
         policy = Fusion(loaded.config, model.heads)
-        return cls.of(model, policy, loaded.source_dir, loaded.config.block_size)
+        return cls.of(model, policy, loaded.source_dir, loaded.config.block_size, batch)
 
     @classmethod
-    def of(cls, model: ReferenceModel, policy: Policy, source_dir: Path, block_size: int) -> LococoLM:
+    def of(cls, model: ReferenceModel, policy: Policy, source_dir: Path, block_size: int, batch: int = 8) -> LococoLM:
         """Any policy over a model whose tokenizer lies in `source_dir`."""
         eos = model.geometry.eos_token_ids
         if not eos:
             raise InvalidArgumentError(f"{source_dir}: config.json has no eos_token_id, which ends a generation")
-        return cls(model, policy, load_tokenizer(source_dir), block_size=block_size, eot_token_id=eos[0])
+        tokenizer = load_tokenizer(source_dir)
+        return cls(model, policy, tokenizer, block_size=block_size, eot_token_id=eos[0], batch=batch)
 
     @property
     def eot_token_id(self) -> int:
@@ -89,27 +98,27 @@ class LococoLM(TemplateLM):  # type: ignore[misc]
         return [self._score([self._eot], self.tok_encode(request.args[0]))[0] for request in requests]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        return [self._generate(*request.args) for request in requests]
+        return [text for first in range(0, len(requests), self.batch)
+                for text in self._generate([r.args for r in requests[first : first + self.batch]])]  # fmt: skip
 
-    def _generate(self, prompt: str, options: dict[str, Any]) -> str:
-        if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-            raise InvalidArgumentError("generation: expected do_sample false, sampling is not supported here")
-        until = options.get("until") or []
-        until = [until] if isinstance(until, str) else [u for u in until if u]
-        session = self._session()
-        logits = session.read(self._ids(self.tok_encode(prompt)))[:, -1]  # (1, V)
-        found: list[int] = []
-        text = ""
-        for _ in range(options.get("max_gen_toks", MAX_NEW_TOKENS)):
-            token = int(logits.argmax())
-            if token in self.model.geometry.eos_token_ids:
-                break
-            found.append(token)
-            text = self._tokenizer.decode(found)
-            if any(stop in text for stop in until):
-                break
-            logits = session.read(self._ids([token]))[:, -1]
-        return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
+    def _generate(self, requests: list[tuple[str, dict[str, Any]]]) -> list[str]:
+        until: list[list[str]] = []
+        for _, options in requests:
+            if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+                raise InvalidArgumentError("generation: expected do_sample false, sampling is not supported here")
+            stops = options.get("until") or []
+            until.append([stops] if isinstance(stops, str) else [u for u in stops if u])
 
-    def _ids(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor([ids], device=self.model.device)
+        def stop(number: int, found: list[int]) -> bool:
+            return bool(until[number]) and any(u in self._tokenizer.decode(found) for u in until[number])
+
+        found = generate(
+            self.model, self.policy,
+            [self.tok_encode(prompt) for prompt, _ in requests],
+            [options.get("max_gen_toks", MAX_NEW_TOKENS) for _, options in requests],
+            block_size=self.block_size, batch=self.batch, stop=stop,
+        )  # fmt: skip
+        texts = [self._tokenizer.decode(ids) for ids in found]
+        return [
+            t[: min((t.index(u) for u in us if u in t), default=len(t))] for t, us in zip(texts, until, strict=True)
+        ]

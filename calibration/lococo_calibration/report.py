@@ -39,6 +39,7 @@ from .evaluate import (
     window_nll,
 )
 from .fit import RECORD_NAME
+from .ruler import first_examples, load_tasks
 from .settings import DTYPES, choose_device
 
 Show = Callable[[str], None]
@@ -243,14 +244,15 @@ def _tasks(
         from .harness import LococoLM
     except ModuleNotFoundError as e:
         raise UnsupportedError(f"--tasks: {e}; pip install 'lococo-export[fit-all]'") from e
-    metadata = {"pretrained": str(checkpoint.source_dir), "max_seq_lengths": args.task_lengths}
+    manager = load_tasks(checkpoint.source_dir, args.tasks, args.task_lengths, args.seed)
+    samples = None if args.task_limit is None else first_examples(manager, args.task_limit)
     rows = []
     for policy in policies:
         found = simple_evaluate(
-            LococoLM.of(model, policy, checkpoint.source_dir, block),
+            LococoLM.of(model, policy, checkpoint.source_dir, block, args.batch),
             tasks=args.tasks,
-            limit=args.task_limit,
-            metadata=metadata,
+            task_manager=manager,
+            samples=samples,
             bootstrap_iters=0,
             random_seed=args.seed,
         )
