@@ -159,7 +159,7 @@ class Measure:
     def ruler(self, policy: Policy, block: int, context: int, job: str) -> None:
         """RULER's tasks, all their prompts side by side."""
         by_task: dict[str, list[RulerPrompt]] = {}
-        for prompt in read_prompts(self.args.ruler_prompts, Path(self.args.model) / "tokenizer.json"):
+        for prompt in read_prompts(self.args.ruler_prompts):
             if prompt.context == context:
                 by_task.setdefault(prompt.task, []).append(prompt)
         chosen = [p for prompts in by_task.values() for p in prompts[: self.args.ruler_examples]]
@@ -538,10 +538,9 @@ def main() -> None:
     for folder in ("train", *(f"held_out/{kind}" for kind in KINDS)):  # once, before the jobs
         load_corpus([args.corpus / folder], args.model, vocabulary, cache_dir=args.out / "tokens")
     if args.ruler:
-        tokenizer = args.model / "tokenizer.json"
         if not args.ruler_prompts.exists():
-            save_prompts(args.ruler_prompts, make_prompts(args.model, args.ruler, args.ruler_examples), tokenizer)
-        missing = set(args.ruler) - {p.context for p in read_prompts(args.ruler_prompts, tokenizer)}
+            save_prompts(args.ruler_prompts, make_prompts(args.model, args.ruler, args.ruler_examples))
+        missing = set(args.ruler) - {p.context for p in read_prompts(args.ruler_prompts)}
         if missing:
             raise SystemExit(
                 f"{args.ruler_prompts}: has no prompts of {sorted(missing)} tokens; delete it to make them"

@@ -681,16 +681,17 @@ def test_answers_are_scored_as_the_harness_scores_them() -> None:
 
 
 def test_prompts_are_kept_in_a_file(model: Path, tmp_path: Path) -> None:
-    path, tokenizer = tmp_path / "made" / "ruler.json", model / "tokenizer.json"
-    prompts = [RulerPrompt("ruler_vt", 512, "abc = 1\nabc", ["abc"], 30)]
-    save_prompts(path, prompts, tokenizer)
-    assert read_prompts(path, tokenizer) == prompts
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="another tokenizer"):
-        read_prompts(path, tmp_path / "tokenizer.json")
-    path.write_text('{"prompts": [{"task": 1}]}')
+    path = tmp_path / "made" / "ruler.json"
+    prompts = [RulerPrompt("ruler_vt", 512, "abc = 1\nabc", 11, ["abc"], 30)]
+    save_prompts(path, prompts)
+    assert read_prompts(path) == prompts
+    reference = ReferenceModel(load_checkpoint(model, policy="h2o", mem_size=12))
+    prompts = [dataclasses.replace(prompts[0], tokens=4)]
+    with pytest.raises(ConfigError, match="prompt of 4 tokens, got 11: made for another tokenizer"):
+        ruler_rows(reference, FullCache(), load_tokenizer(model), prompts, block_size=8)
+    path.write_text('[{"task": 1}]')
     with pytest.raises(CorruptError, match="not prompts of RULER"):
-        read_prompts(path, tokenizer)
+        read_prompts(path)
 
 
 @pytest.mark.skipif(not os.environ.get("LOCOCO_RULER"), reason="makes RULER's data for minutes; set LOCOCO_RULER=1")
@@ -771,9 +772,9 @@ block_sizes = [8]
 mem_sizes = [12]
 """)
     scripts = Path(__file__).resolve().parent.parent / "scripts"
-    prompts = [RulerPrompt(task, context, random_text(context - 20 - i, i), list("aeT9~Z"), 9 + i)
+    prompts = [RulerPrompt(task, context, random_text(context - 20 - i, i), context - 20 - i, list("aeT9~Z"), 9 + i)
                for task in RULER_TASKS for context in (90, 120) for i in range(3)]  # fmt: skip
-    save_prompts(corpus / "ruler.json", prompts, model / "tokenizer.json")
+    save_prompts(corpus / "ruler.json", prompts)
     command = [sys.executable, str(scripts / "fit_heads.py"), str(plan), "--model", str(model), "--corpus", str(corpus),
                "--out", str(out), "--context", "256", "--step-context", "256", "--windows", "1", "--passkey", "500",
                "--trials", "1", "--needle", "400", "--ruler", "90", "120", "--ruler-examples", "2",

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lococo_runtime import CorruptError, InvalidArgumentError
+from lococo_runtime import CorruptError
 from lococo_runtime._exceptions import ConfigError, UnsupportedError
-from lococo_runtime.bundle import sha256_file, storage_error
+from lococo_runtime.bundle import storage_error
+from lococo_runtime.llm import load_tokenizer
 
 from lococo_export.reference import ReferenceModel
 
@@ -37,6 +38,7 @@ class RulerPrompt:
     task: str
     context: int  # tokens of prompt and answer, at most
     prompt: str
+    tokens: int  # of the prompt
     outputs: list[str]  # what an answer should hold
     max_new_tokens: int
 
@@ -95,44 +97,38 @@ def make_prompts(
     """
     manager = load_tasks(model, tasks, contexts, seed)
     chosen = first_examples(manager, examples)
-    found = []
+    tokenizer, found = load_tokenizer(model), []
     for name, task in manager.load([])["tasks"].items():
         task.build_all_requests(samples=chosen[name], rank=0, world_size=1)
         for instance in task.instances:
             prompt, options = instance.args
-            doc = instance.doc
-            found.append(RulerPrompt(name, doc["max_length"], prompt, list(doc["outputs"]), options["max_gen_toks"]))
+            doc, tokens = instance.doc, len(tokenizer.encode(prompt, add_special_tokens=False).ids)
+            context, outputs = doc["max_length"], list(doc["outputs"])
+            found.append(RulerPrompt(name, context, prompt, tokens, outputs, options["max_gen_toks"]))
     return found
 
 
-def save_prompts(path: Path, prompts: Sequence[RulerPrompt], tokenizer: Path) -> None:
-    """Writes prompts, and which tokenizer their lengths go by."""
-    document = {"tokenizer": sha256_file(tokenizer), "prompts": [dataclasses.asdict(p) for p in prompts]}
+def save_prompts(path: Path, prompts: Sequence[RulerPrompt]) -> None:
+    """Writes prompts as JSON."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps([dataclasses.asdict(p) for p in prompts], indent=1) + "\n", encoding="utf-8")
         os.replace(part, path)
     except OSError as e:
         raise storage_error(e, path) from e
 
 
-def read_prompts(path: Path, tokenizer: Path) -> list[RulerPrompt]:
+def read_prompts(path: Path) -> list[RulerPrompt]:
     """What `save_prompts` wrote.
 
     Raises:
         CorruptError: another kind of file.
-        ConfigError: made for another tokenizer.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        prompts = [RulerPrompt(**p) for p in document["prompts"]]
-        made_for = document["tokenizer"]
-    except (ValueError, KeyError, TypeError) as e:
+        return [RulerPrompt(**p) for p in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as e:
         raise CorruptError(f"{path}: not prompts of RULER: {e}; make them again") from e
-    if made_for != sha256_file(tokenizer):
-        raise ConfigError(f"{path}: made for another tokenizer than {tokenizer}; make them again")
-    return prompts
 
 
 def score(answer: str, outputs: Sequence[str]) -> float:
@@ -155,10 +151,17 @@ def ruler_rows(
     Args:
         tokenizer: of the `tokenizers` library.
         batch: prompts read at once.
+
+    Raises:
+        ConfigError: the prompts' lengths go by another tokenizer.
     """
-    if not prompts:
-        raise InvalidArgumentError("RULER: expected prompts, got none")
     ids = [tokenizer.encode(p.prompt, add_special_tokens=False).ids for p in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if len(tokens) != prompt.tokens:
+            raise ConfigError(
+                f"{prompt.task}: expected a prompt of {prompt.tokens} tokens, got {len(tokens)}: made for another"
+                " tokenizer; make the prompts again"
+            )
     limits = [p.max_new_tokens for p in prompts]
     found = generate(model, policy, ids, limits, block_size=block_size, batch=batch)
     scores: dict[tuple[str, int], list[float]] = {}
