@@ -666,11 +666,42 @@ def test_a_client_that_closes_its_stream(server: Server, client: openai.OpenAI) 
     server.wait_for("lococo_running_requests", 0)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="who half-closes is taken for gone: no TCP_INFO here")
+def test_a_client_that_says_no_more_is_answered(server: Server) -> None:
+    def answer(data: bytes) -> tuple[int, bytes]:
+        with server.socket() as s:
+            s.sendall(data)
+            s.shutdown(socket.SHUT_WR)
+            with contextlib.closing(http.client.HTTPResponse(s)) as response:
+                response.begin()
+                body = response.read()
+            assert s.recv(1) == b""
+            return response.status, body
+
+    status, body = answer(raw_request(completion_body(seed=1)))
+    assert (status, json.loads(body)["choices"][0]["finish_reason"]) == (200, "length")
+    slow = completion_body(max_tokens=1000, ignore_eos=True)  # is asked whether it is still there
+    assert json.loads(answer(raw_request(slow))[1])["usage"]["completion_tokens"] == 1000
+    status, body = answer(raw_request({**slow, "stream": True}))
+    assert (status, body[-14:]) == (200, b"data: [DONE]\n\n")
+    assert answer(raw_request(completion_body(n=0)))[0] == 400
+    assert answer(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") == (200, b'{"status":"ok"}')
+    for unfinished in (raw_request(completion_body())[:-10], b"POST /v1/completions HTTP/1.1\r\nContent-Le", b"GE"):
+        status, body = answer(unfinished)
+        assert (status, json.loads(body)["error"]["code"]) == (400, "invalid_http")
+    assert server.post("/v1/completions", completion_body())[0] == 200
+
+
 def test_half_closed_and_broken_connections(server: Server) -> None:
-    with server.socket() as s:  # sends nothing more, and may still read
-        s.sendall(raw_request(endless()))
+    for stream in (True, False):
+        with server.socket() as s:
+            s.sendall(raw_request(endless() | {"stream": stream}))
+            s.shutdown(socket.SHUT_WR)
+            server.wait_for("lococo_running_requests", 1)
+        server.wait_for("lococo_running_requests", 0)  # now it has gone
+    with server.socket() as s:
         s.shutdown(socket.SHUT_WR)
-        server.wait_for("lococo_running_requests", 0)
+        assert s.recv(1) == b""
     with server.socket() as s:
         s.sendall(raw_request(completion_body())[:-10])  # half a body
     with server.socket() as s:

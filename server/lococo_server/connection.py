@@ -1,8 +1,9 @@
-"""Connections: how long a request's head may take and how large it may be, and errors of HTTP itself."""
+"""Connections: how long a request's head may take, clients that have gone, and errors of HTTP itself."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from typing import Any
 
@@ -11,6 +12,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .errors import ApiError
 
+_POLL_SECONDS = 0.002
+_ASK_AFTER_SECONDS = 0.05  # most answers to clients that close their half have been sent by then
+_TCP_CLOSE = 7  # of Linux's tcp_info.tcpi_state
 _LINGER_SECONDS = 1.0  # after an error: closing a connection on unread data would take back the answer
 
 
@@ -33,6 +37,7 @@ class Connection(H11Protocol):
         self._head_seconds = head_seconds
         self._head_timer: asyncio.TimerHandle | None = None
         self._refused = False
+        self._ended = False  # the client sends nothing more
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -44,6 +49,44 @@ class Connection(H11Protocol):
         if not self._refused:
             super().data_received(data)
             self._watch_head()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client has closed the connection, or its half of it; True keeps the other half open.
+
+        The two look alike until something is written: a client that has gone resets the connection then.
+        """
+        if self._refused:
+            return True
+        if self._has_no_request and not self.conn.trailing_data[0]:
+            return False
+        if self._has_no_request or self.conn.their_state is h11.SEND_BODY:
+            self._refuse(ApiError(400, "the connection ended before the request did", code="invalid_http"))
+            return True
+        if self.cycle.response_complete or not hasattr(socket, "TCP_INFO"):
+            return False
+        if not self._ended:
+            self._ended = True
+            self._watch_reader(self.loop.time() + _ASK_AFTER_SECONDS)
+        return True
+
+    def _watch_reader(self, ask_at: float | None) -> None:
+        """Ends the connection once it is reset. Tokens of a stream provoke that; before an answer an empty one does."""
+        if self.cycle.response_complete or self.transport.is_closing():
+            return
+        info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        if info[0] == _TCP_CLOSE:
+            self.transport.abort()
+            return
+        if ask_at is not None and not self.cycle.response_started and self.loop.time() >= ask_at:
+            ask_at = None
+            nothing = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+            self.transport.write(self.conn.send(nothing) or b"")
+        self.loop.call_later(_POLL_SECONDS, self._watch_reader, ask_at)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._ended:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching()
