@@ -86,12 +86,14 @@ def _build_engines(bundle: Path) -> None:
     """Builds TensorRT engines where there is a GPU, and says what to run where there is none."""
     from lococo_engines import build_engines, choose
 
+    target = None
     try:
         recipe, target = choose("auto", None, bundle)
         print(f"building TensorRT engines here, for {target.device}; --no-engines leaves them out", file=sys.stderr)
         print(build_engines(bundle, recipe, target, progress=show_step))
     except UnsupportedError as e:
-        print(f"note: no TensorRT engines were built: {e}", file=sys.stderr)
+        then = "" if target is None else f"\nThen run here: lococo-build {bundle}"  # else the error names the place
+        print(f"note: no TensorRT engines were built: {e}{then}", file=sys.stderr)
 
 
 def verify_main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import lzma
@@ -95,6 +96,15 @@ class Backend:
 def cpu(tmp_path_factory: pytest.TempPathFactory) -> Backend:
     """ONNX Runtime."""
     return Backend("onnxruntime", {}, tmp_path_factory.mktemp("bundles"))
+
+
+def has_driver() -> bool:
+    """Whether there is an NVIDIA driver here."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def has_cuda_provider() -> bool:

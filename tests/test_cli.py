@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from bundles import byte_tokenizer
-from conftest import Backend
+from conftest import Backend, has_driver
 from lococo_runtime import LLM, Chat, EmptyPromptError, NotFoundError, SamplingParams, Session
 from lococo_runtime.cli import inspect_main, run_main
 from lococo_runtime.llm import stream_text
@@ -56,6 +56,42 @@ def test_export_says_what_it_made(checkpoint: Path, tmp_path: Path, capsys: pyte
     assert re.search(r"h2o, 24 slots, fp16, state [\d,]+ bytes", capsys.readouterr().out)
     assert export_main(["--model", str(checkpoint), "-o", str(target), *FLAGS]) == 1
     assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(has_driver(), reason="there is an NVIDIA driver here")
+def test_export_says_what_to_run_on_the_target(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "bundle"
+    export = ["--model", str(checkpoint), "-o", str(target), "--fp16", "--force", *FLAGS]
+    assert export_main(export) == 0
+    error = capsys.readouterr().err
+    assert "note: no TensorRT engines were built: no NVIDIA driver on this machine" in error
+    assert f"run there:\n  lococo-build {target}\n" in error
+    assert "Then run here" not in error
+
+    # a GPU without TensorRT
+    from lococo_engines.gpu import Device
+
+    monkeypatch.setattr("lococo_engines.build.query_device", lambda: Device(0, "NVIDIA H100", 90, "13.0", 2**36))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert export_main(export) == 0
+    error = capsys.readouterr().err
+    assert "building TensorRT engines here, for NVIDIA H100 (sm90" in error
+    assert "pip install tensorrt 'lococo-export[tensorrt]'" in error
+    assert error.endswith(f"\nThen run here: lococo-build {target}\n")
+
+    # both: the engines' directory is the last line
+    def build(bundle: Path, *_: object, **__: object) -> Path:
+        return bundle / "engines" / "trt-8.6.0-sm90"
+
+    monkeypatch.setattr("lococo_engines.build_engines", build)
+    assert export_main(export) == 0
+    done = capsys.readouterr()
+    assert "building TensorRT engines here" in done.err
+    assert done.out.splitlines()[-1] == f"{target}/engines/trt-8.6.0-sm90"
+    assert export_main([*export, "--no-engines"]) == 0
+    assert "engines" not in "".join(capsys.readouterr())
 
 
 def test_export_without_policy_says_what_to_do(

@@ -20,7 +20,7 @@ import onnx
 import onnxruntime
 import pytest
 from bundles import export_golden
-from conftest import Backend
+from conftest import Backend, has_driver
 from lococo_engines import Recipe, check_engines, choose, gpu, list_engines, load_recipe, read_engines
 from lococo_engines.build import Target, build_engines, cache_directory, check_files, engines_key
 from lococo_engines.cli import main
@@ -50,14 +50,6 @@ from lococo_runtime import (
 from lococo_runtime.bundle import GraphSpec, TensorSpec, read_manifest, sha256_file
 
 H100 = Device(0, "NVIDIA H100 80GB HBM3", 90, "13.0", 80 * 2**30)
-
-
-def has_driver() -> bool:
-    try:
-        ctypes.CDLL(gpu.DRIVER_LIBRARY)
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +172,7 @@ def test_without_a_gpu_the_error_says_what_to_run_where(bundle: Path, capsys: py
     error = capsys.readouterr().err
     assert error.startswith("error: no NVIDIA driver on this machine: libcuda.so.1: ")
     assert f"copy the bundle to that machine and run there:\n  lococo-build {bundle}\n" in error
-    assert f"pip install tensorrt-rtx-cu13 && lococo-build {bundle} --target rtx:sm86,sm89,sm120" in error
+    assert f"pip install 'lococo-export[rtx]' && lococo-build {bundle} --target rtx:sm86,sm89,sm120" in error
     assert not (bundle / "engines").exists()
 
 
@@ -191,7 +183,7 @@ def test_without_tensorrt_the_error_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert main([str(bundle)]) == 1
     assert "tensorrt is not usable here: " in (error := capsys.readouterr().err)
-    assert "JetPack (python3-libnvinfer); elsewhere: pip install tensorrt" in error
+    assert "JetPack (python3-libnvinfer); elsewhere: pip install tensorrt 'lococo-export[tensorrt]'" in error
 
 
 def test_wrong_arguments(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -902,6 +894,7 @@ def test_shapes_the_kernels_cannot_run_are_refused(
     [
         ({"weights": "embedded"}, "weights: expected shared"),
         ({"version_compatible": True}, "version_compatible: expected false with kernels lococo"),
+        ({"precision": "prefer"}, "precision: expected none with kernels lococo"),
         ({"kernels": "cutlass"}, "kernels: expected one of tensorrt, lococo"),
     ],
 )
@@ -913,3 +906,15 @@ def test_kernels_exclude_what_they_cannot_do(change: dict, message: str) -> None
 def test_rtx_has_no_plugin_kernels() -> None:
     with pytest.raises(ConfigError, match="kernels: expected tensorrt"):
         load_recipe("rtx").replace(kernels="lococo")
+    with pytest.raises(ConfigError, match="precision: expected none"):
+        load_recipe("rtx").replace(precision="prefer")
+
+
+def test_precision_is_refused_where_tensorrt_follows_the_onnx(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = SimpleNamespace(STRONGLY_TYPED=1)
+    trt = SimpleNamespace(__version__="10.3.0", NetworkDefinitionCreationFlag=flags, DataType=SimpleNamespace(FLOAT=0))
+    kit = Toolkit("tensorrt", trt, polygraphy=None, log=None)
+    monkeypatch.setattr("lococo_engines.build.load_toolkit", lambda flavour, verbose: kit)
+    recipe = load_recipe("h100").replace(kernels="tensorrt", precision="prefer")
+    with pytest.raises(UnsupportedError, match=r"precision: expected none with TensorRT 10\.3\.0.*got prefer"):
+        build_engines(bundle, recipe, Target((90,), H100))

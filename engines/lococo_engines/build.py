@@ -91,7 +91,7 @@ def choose(recipe: str, target: str | None, bundle: str | os.PathLike[str] = "BU
             f"{e}\nEngines are built where they run: copy the bundle to that machine and run there:\n"
             f"  lococo-build {os.fspath(bundle)}\n"
             "For RTX PCs they can be built here, without a GPU:\n"
-            f"  pip install tensorrt-rtx-cu13 && lococo-build {os.fspath(bundle)} --target rtx:sm86,sm89,sm120"
+            f"  pip install 'lococo-export[rtx]' && lococo-build {os.fspath(bundle)} --target rtx:sm86,sm89,sm120"
         ) from e
     chosen = recipe_for(device) if named is None else named
     if device.sm not in chosen.sm:
@@ -168,6 +168,11 @@ def build_engines(
         raise InvalidArgumentError(f"num_layers: expected 1 to {manifest.model.num_layers}, got {num_layers}")
     kit = load_toolkit(recipe.flavour, verbose=verbose)
     kit.require_dtype(manifest.dtype)
+    if kit.strongly_typed and recipe.precision != "none":
+        raise UnsupportedError(
+            f"precision: expected none with TensorRT {kit.version}, which follows the ONNX's dtypes, got"
+            f" {recipe.precision}; only 8.6 chooses them itself"
+        )
     creator = None
     if recipe.kernels == "lococo":
         require_shapes(manifest)

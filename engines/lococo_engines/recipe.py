@@ -97,9 +97,13 @@ class Recipe:
             self._require(not self.version_compatible, "version_compatible", "false with TensorRT for RTX", True)
             why = " (TensorRT for RTX takes no such plugins)"
             self._require(self.kernels == "tensorrt", "kernels", f"tensorrt{why}", self.kernels)
+            why = " (TensorRT for RTX follows the ONNX's dtypes)"
+            self._require(self.precision == "none", "precision", f"none{why}", self.precision)
         if self.kernels == "lococo":
             why = " (--kernels tensorrt takes either)"
             self._require(self.weights == "shared", "weights", f"shared with kernels lococo{why}", self.weights)
+            why = " (they compute in the bundle's dtype)"
+            self._require(self.precision == "none", "precision", f"none with kernels lococo{why}", self.precision)
             why = " (--kernels tensorrt makes such plans)"
             self._require(not self.version_compatible, "version_compatible", f"false with kernels lococo{why}", True)
 

@@ -19,8 +19,9 @@ from .preflight import release
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
 _PACKAGES = {
-    "tensorrt": "on a Jetson it comes with JetPack (python3-libnvinfer); elsewhere: pip install tensorrt",
-    "tensorrt_rtx": "pip install tensorrt-rtx-cu13",
+    "tensorrt": "on a Jetson it comes with JetPack (python3-libnvinfer); elsewhere: pip install tensorrt"
+    " 'lococo-export[tensorrt]'",
+    "tensorrt_rtx": "pip install 'lococo-export[rtx]'",
 }
 
 
