@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 MANIFEST = HERE.parent / "tests/data/lococo.json"
@@ -244,7 +245,7 @@ class Wire(asyncio.Transport):
     """What a connection writes to."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__({"socket": mock.Mock(getsockopt=lambda *_: b"\x08")})  # CLOSE_WAIT: the client reads on
         self.written = b""
         self.closed = False
 
@@ -267,7 +268,7 @@ class Wire(asyncio.Transport):
 
 
 def http_connection(data: bytes) -> bool:
-    """What comes over a connection, in two pieces; the first byte says where the second begins."""
+    """What comes over a connection, in two pieces, and its end; the first byte says where the second piece begins."""
 
     async def connect() -> bytes:
         state, wire = ServerState(), Wire()
@@ -278,11 +279,11 @@ def http_connection(data: bytes) -> bool:
             if piece and not wire.closed:
                 connection.data_received(piece)
             await asyncio.sleep(0)
-        while state.tasks and connection.conn.their_state is not h11.SEND_BODY:  # it is all there: it must be answered
+        if not wire.closed and not connection.eof_received():
+            wire.close()
+        while state.tasks:  # it is all there: it must be answered
             await asyncio.wait_for(asyncio.gather(*state.tasks), 10)
         connection.connection_lost(None)
-        if state.tasks:
-            await asyncio.wait_for(asyncio.gather(*state.tasks), 10)
         return wire.written
 
     written = server().loop.run_until_complete(connect())
