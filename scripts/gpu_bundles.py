@@ -1,6 +1,6 @@
 """Bundles for the GPU tests and the GPU benchmark, exported where torch is.
 
-Usage: gpu_bundles.py tests OUT, or gpu_bundles.py bench OUT [MODEL]
+Usage: gpu_bundles.py tests OUT, or gpu_bundles.py bench OUT [MODEL or SHAPE[:LAYERS]]
 """
 
 from __future__ import annotations
@@ -16,25 +16,42 @@ from lococo_runtime.bundle import LococoConfig
 
 from lococo_export import export_bundle, load_checkpoint
 
-SMOLLM2 = {  # the shape of SmolLM2-135M; no end of sequence, so that random tokens never end a measurement
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-    "eos_token_id": None,
+# No end of sequence, so that random tokens never end a measurement.
+SHAPES = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "eos_token_id": None,
+    },
+    "llama-2-7b": {  # 27 GB of float32 weights and 13 GB of float16 on the disk, as much memory
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "eos_token_id": None,
+    },
 }
 
 
-def export_benchmark(target: Path, model: Path | None) -> None:
-    """M = B = 512 in float16, of `model`; without one, of a checkpoint of random weights beside `target`."""
-    if model is None:
-        model = target.with_name(f"{target.name}-checkpoint")
-        make_checkpoint(model, LococoConfig(512, 256, 512), **SMOLLM2)
-    export_bundle(load_checkpoint(model), target, dtype="float16", batch=8, force=True)
+def export_benchmark(target: Path, model: str) -> None:
+    """M = B = 512 in float16, of a checkpoint directory, or of random weights in a shape, kept beside `target`."""
+    shape, _, layers = model.partition(":")
+    checkpoint = Path(model)
+    if shape in SHAPES:
+        checkpoint = target.with_name(f"{target.name}-checkpoint")
+        shutil.rmtree(checkpoint, ignore_errors=True)  # of another shape
+        changes = SHAPES[shape] | ({"num_hidden_layers": int(layers)} if layers else {})
+        make_checkpoint(checkpoint, LococoConfig(512, 256, 512), **changes)
+    export_bundle(load_checkpoint(checkpoint), target, dtype="float16", batch=8, force=True)
 
 
 if __name__ == "__main__":
@@ -45,4 +62,4 @@ if __name__ == "__main__":
             shutil.rmtree(out / name, ignore_errors=True)  # its engines too
             export(out / name)
     else:
-        export_benchmark(out, Path(sys.argv[3]) if len(sys.argv) > 3 else None)
+        export_benchmark(out, sys.argv[3] if len(sys.argv) > 3 else "smollm2-135m")
