@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "runtime" / "fuzz"))
 
 GROWTH_BYTES = 64 << 20
-CHECKS = [  # not positive_data_acceptance: a description cannot say that echo excludes logprobs
+CHECKS = [  # not positive_data_acceptance: a description cannot say which JSON schemas a grammar takes
     "--phases=examples,coverage,fuzzing",
     "--checks=all",
     "--exclude-checks=positive_data_acceptance",

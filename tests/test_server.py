@@ -462,6 +462,8 @@ def test_answers_held_to_a_schema(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
         ({"stop": "\ud800"}, "stop"),
         ({"stop_token_ids": [1000]}, "stop_token_ids"),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ],
 )
 def test_what_is_not_supported_is_named(server: Server, changes: dict[str, Any], param: str) -> None:

@@ -92,21 +92,24 @@ class ChatTemplate:
             messages: at least one, each with a role. Keys whose value is None count as absent.
             add_generation_prompt: end with what begins the assistant's turn.
             tools, documents: passed to the template, as JSON values.
-            variables: more of the template's own, such as enable_thinking.
+            variables: more of the template's own, such as enable_thinking; not those above.
 
         Raises:
             ChatTemplateError: no template, or one that raises, does not compile or exceeds the limits.
-            InvalidArgumentError: messages that are none, or hold something else than JSON values.
+            InvalidArgumentError: messages that are none, or hold something else than JSON values; variables that are
+                arguments of their own.
         """
         name = self.select(tools)
-        values = {
-            **self.special_tokens,
-            **(_plain(variables, "variables") or {}),
+        arguments = {
             "messages": [_message(m, i) for i, m in enumerate(_at_least_one(messages))],
             "tools": _plain(tools, "tools"),
             "documents": _plain(documents, "documents"),
             "add_generation_prompt": add_generation_prompt,
         }
+        more = _plain(variables, "chat_template_kwargs") or {}
+        if taken := sorted(arguments.keys() & more.keys()):
+            raise InvalidArgumentError(f"chat_template_kwargs: expected the template's own names, got {', '.join(taken)}")
+        values = {**self.special_tokens, **more, **arguments}
         return _run_bounded(lambda: self._render(name, values))
 
     def select(self, tools: Sequence[Mapping[str, Any]] | None = None) -> str:

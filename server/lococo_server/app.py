@@ -195,6 +195,8 @@ def create_app(
         try:
             text, ids = await engine.call(render)
         except InvalidArgumentError as e:
+            if str(e).startswith("chat_template_kwargs:"):
+                raise
             raise ApiError(400, f"messages: {e}", param="messages", code="invalid_value") from e
         check_length(ids, "messages")
         todo = works([ids], body.n, params, grammar, pack=pack, text=text if body.cache_prompt else None)
