@@ -108,7 +108,9 @@ class ChatTemplate:
         }
         more = _plain(variables, "chat_template_kwargs") or {}
         if taken := sorted(arguments.keys() & more.keys()):
-            raise InvalidArgumentError(f"chat_template_kwargs: expected the template's own names, got {', '.join(taken)}")
+            raise InvalidArgumentError(
+                f"chat_template_kwargs: expected the template's own names, got {', '.join(taken)}"
+            )
         values = {**self.special_tokens, **more, **arguments}
         return _run_bounded(lambda: self._render(name, values))
 
