@@ -130,7 +130,10 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
 def _verify(args: argparse.Namespace) -> int:
     import dataclasses
 
+    import torch
     from lococo_runtime import Session
+    from lococo_runtime._c_api import library_log
+    from lococo_runtime.bundle import producer
 
     from .onnx_writer import TORCH_DTYPES
     from .reference import ReferenceModel
@@ -153,7 +156,9 @@ def _verify(args: argparse.Namespace) -> int:
                 f"\rverified {done:,}/{total:,} tokens", end="" if done < total else "\n", file=sys.stderr, flush=True
             )
 
-    with Session(args.bundle, device=args.device, backend=backend) as session:
+    with library_log() as log:
+        session = Session(args.bundle, device=args.device, backend=backend)
+    with session:
         manifest = session.model.manifest
         checkpoint = checkpoint_of(manifest, args.model, allow_pickle=args.allow_pickle)
         tolerance = Tolerance.for_dtype(manifest.dtype)
@@ -173,6 +178,8 @@ def _verify(args: argparse.Namespace) -> int:
             progress=show,
         )
         print(report)
+        used = [line for line in log if line.startswith(("TensorRT ", "ONNX Runtime "))]  # versions, device, engines
+        print("; ".join([*used, f"PyTorch {torch.__version__}", producer("lococo-verify")]))
         print(f"{backend} on {args.device}, {time.perf_counter() - start:.0f} s")
         agrees = report.agrees
         if args.perplexity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,8 @@ def test_command(bundle: Path, checkpoint: Checkpoint, capsys: pytest.CaptureFix
     assert verify_main([*command, "--perplexity", "60"]) == 0
     out = capsys.readouterr().out
     assert "perplexity of 60 tokens" in out
+    versions = rf"^ONNX Runtime [\d.]+ on cpu; PyTorch {re.escape(torch.__version__)}; lococo-verify"
+    assert re.search(versions, out, re.MULTILINE)
     assert "agrees" in out
     assert verify_main([*command, "--device", "cuda:0", "--backend", "onnxruntime2"]) == 1
     assert "onnxruntime2" in capsys.readouterr().err

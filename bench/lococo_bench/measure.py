@@ -6,7 +6,6 @@ forward does not depend on them.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import datetime
 import hashlib
@@ -27,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from lococo_runtime import InvalidArgumentError, Model, SamplingParams, Session
 from lococo_runtime import _c_api as c
+from lococo_runtime._c_api import library_log
 from lococo_runtime.bundle import DTYPE_BYTES, WEIGHTS_NAME, Manifest
 
 from .device import Device, cpu_name, open_device
@@ -144,22 +144,6 @@ def human(count: int) -> str:
     """Such as "135M" or "6.74B"."""
     unit, name = next((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "K"), (1, "")) if count >= u)
     return f"{count / unit:.3g}{name}"
-
-
-@contextlib.contextmanager
-def library_log() -> Iterator[list[str]]:
-    """What the C library reports meanwhile: which TensorRT and which engines it took."""
-    lines: list[str] = []
-
-    def keep(level: int, message: bytes, user: object) -> None:
-        lines.append(message.decode(errors="replace"))
-
-    callback = c.LogFn(keep)  # must outlive its use
-    c.library().lococo_set_log_callback(callback, None)
-    try:
-        yield lines
-    finally:
-        c.library().lococo_set_log_callback(c.LogFn(), None)
 
 
 def build_commit() -> str:

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,22 @@ def library() -> ctypes.CDLL:
             f"{path}: ABI version: expected {ABI_VERSION}, got {found}; reinstall lococo-export so that both match"
         )
     return lib
+
+
+@contextlib.contextmanager
+def library_log() -> Iterator[list[str]]:
+    """What the library reports meanwhile, such as which TensorRT and which engines it took."""
+    lines: list[str] = []
+
+    def keep(level: int, message: bytes, user: object) -> None:
+        lines.append(message.decode(errors="replace"))
+
+    callback = LogFn(keep)  # must outlive its use
+    library().lococo_set_log_callback(callback, None)
+    try:
+        yield lines
+    finally:
+        library().lococo_set_log_callback(LogFn(), None)
 
 
 def encode_path(path: str | os.PathLike[str]) -> bytes:
