@@ -262,11 +262,17 @@ def test_a_killed_run_resumes_to_the_same_losses(model: Path, text: Path, tmp_pa
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_a_seed_repeats_a_run_and_another_does_not(model: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, {"lora": 2, "lm_weight": 1.0, "tune_lr": 1e-2}], ids=["heads", "lora"])
+def test_a_seed_repeats_a_run_and_another_does_not(
+    model: Path, text: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    if changes:
+        pytest.importorskip("peft")
     losses = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        Fit(settings(model, text, tmp_path / name, steps=3, seed=seed), show=quiet).run()
-        losses.append([e["loss"] for e in log(tmp_path / name)])
+    for i, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(i)  # whatever else drew random numbers before
+        fit = Fit(settings(model, text, tmp_path / f"{i}", steps=3, seed=seed, **changes), show=quiet)
+        losses.append([fit.train_step()["loss"] for _ in range(3)])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 
@@ -486,9 +492,11 @@ def test_passkey_is_greedy_decoding(fitted: Path) -> None:
 
 
 def test_two_processes_are_a_larger_batch(model: Path, text: Path, tmp_path: Path) -> None:
-    """torchrun with two processes of batch 2 against one process of batch 4: the same losses and heads."""
+    """torchrun with two processes of batch 2 against one process of batch 4: the same losses, heads and model."""
     pytest.importorskip("accelerate")
+    pytest.importorskip("peft")
     common = ["--model", str(model), "--text", str(text), "--cache-dir", str(tmp_path / "cache"), "--steps", "5"]
+    common += ["--lm-weight=0.3", "--distill-weight=0.3", "--tune", "norms", "--lora=2", "--tune-lr=0.01"]
     common += [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k not in ("batch", "steps")]
     code = "import sys; from lococo_calibration.cli import fit_main; sys.exit(fit_main())"
     (tmp_path / "fit.py").write_text(code)
@@ -499,9 +507,32 @@ def test_two_processes_are_a_larger_batch(model: Path, text: Path, tmp_path: Pat
         assert done.returncode == 0, done.stderr
     one, two = ([e["loss"] for e in log(tmp_path / name)] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4)
-    heads = [load_checkpoint(tmp_path / name).heads for name in ("one", "two")]
-    torch.testing.assert_close(heads[0][0].convs[0][0], heads[1][0].convs[0][0], atol=1e-3, rtol=1e-3)
+    saved = [load_checkpoint(tmp_path / name) for name in ("one", "two")]
+    torch.testing.assert_close(saved[0].heads[0].convs[0][0], saved[1].heads[0].convs[0][0], atol=1e-3, rtol=1e-3)
+    for name in ("layers.1.self_attn.q_proj.weight", "layers.0.input_layernorm.weight"):
+        one_, two_ = (checkpoint.tensors[f"model.{name}"] for checkpoint in saved)
+        torch.testing.assert_close(one_, two_, atol=1e-3, rtol=1e-3)
     assert "of 4 windows" in (tmp_path / "two" / "README.md").read_text()
+
+
+def test_two_gpus_beside_one(model: Path, text: Path, tmp_path: Path) -> None:
+    """scripts/two_gpus.py, on two processes of the CPU."""
+    pytest.importorskip("accelerate")
+    script = Path(__file__).resolve().parent.parent / "scripts" / "two_gpus.py"
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(script), "--model", str(model), "--text", str(text), "-o", str(out),
+               "--device", "cpu", "--steps", "6", "--batch", "4", "--losses", "reconstruction"]  # fmt: skip
+    command += [x for k, v in SMALL.items() if k not in ("batch", "steps", "eval_every", "device")
+                for x in ("--set", f"{k}={v}")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert (document["device"], document["processes"]) == ("cpu", 2)
+    found = document["losses"]["reconstruction"]
+    assert found["largest_difference"] < 1e-4
+    assert len(found["several"]["losses"]) == 6
+    assert found["one"]["losses"][0] == pytest.approx(found["several"]["losses"][0], rel=1e-4)
+    assert all(v > 0 for v in found["several"]["tokens_per_second"].values())
 
 
 @pytest.mark.parametrize("changes", [{"tune": ("norms",)}, {"tune": ("norms", "embeddings")}, {"lora": 4}], ids=str)

@@ -99,7 +99,7 @@ class Fit:
         self.model = ReferenceModel(base, DTYPES[name], device)
         torch.backends.cudnn.deterministic = True  # the gradient of a convolution; a seed is to repeat a run
         self.heads = nn.ModuleList(TrainableHead(h, self.model.dtype) for h in self._start()).to(device)
-        self.tuned = TunedWeights(self.model, settings.tune, settings.lora, settings.lora_alpha)
+        self.tuned = TunedWeights(self.model, settings.tune, settings.lora, settings.lora_alpha, settings.seed)
         changes = bool(self.tuned.masters or self.rope_scaling)
         teacher = ReferenceModel(plain, DTYPES[name], device) if changes and settings.distill_weight else None
         self.losses = Losses(self.model, self.heads, settings, teacher)

@@ -76,12 +76,15 @@ class TunedWeights:
     Args:
         groups: "norms" (every RMSNorm), "embeddings" (with them the output matrix, where it is tied).
         lora: rank of low-rank updates (arXiv 2106.09685) of the attention's projections; 0 has none.
+        seed: of LoRA's initial weights, which have to be alike in every process and when a run is repeated.
 
     Raises:
         UnsupportedError: LoRA without peft.
     """
 
-    def __init__(self, model: ReferenceModel, groups: Sequence[str], lora: int = 0, lora_alpha: float = 16.0) -> None:
+    def __init__(
+        self, model: ReferenceModel, groups: Sequence[str], lora: int = 0, lora_alpha: float = 16.0, seed: int = 0
+    ) -> None:
         self.model, self.lora = model, lora
         if lora:
             try:
@@ -90,7 +93,9 @@ class TunedWeights:
                 raise UnsupportedError("--lora needs peft: pip install 'lococo-export[fit-all]'") from e
             targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
             config = LoraConfig(r=lora, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules=targets)
-            inject_adapter_in_model(config, model.model)
+            with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                inject_adapter_in_model(config, model.model)
         wanted = {"norms": "norm", "embeddings": "embed_tokens"}
         chosen = [wanted[g] for g in groups]
         self.weights: dict[str, nn.Parameter] = {}
