@@ -13,7 +13,7 @@ from lococo_runtime.cli import backend_of, check_writable, guarded, show_step
 from .against import IMPLEMENTATIONS, Against, check_implementations, import_torch
 from .measure import Bench, Plan, Row
 from .regression import compare
-from .report import FORMATS, add_ratios, format_rows, plot, read_rows
+from .report import FORMATS, add_ratios, check_plot, format_rows, plot, read_rows
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--against", metavar="A", help="torch: our reference and transformers too; or names, see docs")
     parser.add_argument("--model", type=Path, metavar="DIR", help="for --against: the bundle's checkpoint")
-    parser.add_argument("--against-max-depth", type=int, default=65536, metavar="N", help="for transformers (65536)")
+    parser.add_argument("--against-max-depth", type=int, metavar="N", help="for transformers (65536)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency and memory: .svg, .png, ...")
     parser.add_argument("--baseline", type=Path, metavar="JSON", help="compare medians with an earlier run")
-    parser.add_argument("--fail-above", type=float, default=1.05, metavar="X", help="largest ratio to it (1.05)")
+    parser.add_argument("--fail-above", type=float, metavar="X", help="largest ratio to it (1.05)")
     args = parser.parse_args(argv)
     return guarded(lambda: _bench(args))
 
@@ -74,14 +74,25 @@ def _bench(args: argparse.Namespace) -> int:
     )
     if not (plan.n_prompt or plan.n_gen):
         raise InvalidArgumentError("nothing to measure: expected -p or -n above 0")
-    if not args.fail_above >= 1:
-        raise InvalidArgumentError(f"--fail-above: expected at least 1, got {args.fail_above}")
-    if args.plot:
-        check_writable(args.plot)  # before minutes of measuring
-    if args.against and args.model is None:
+    fail_above = 1.05 if args.fail_above is None else args.fail_above
+    if not fail_above >= 1:
+        raise InvalidArgumentError(f"--fail-above: expected at least 1, got {fail_above}")
+    for flag, value, needed, other in (
+        ("--model", args.model, "--against", args.against),
+        ("--against-max-depth", args.against_max_depth, "--against", args.against),
+        ("--fail-above", args.fail_above, "--baseline", args.baseline),
+    ):
+        if value is not None and other is None:
+            raise InvalidArgumentError(f"{flag}: expected {needed} too, got {flag} alone")
+    if args.plot:  # this and the next are refused before minutes of measuring
+        if not plan.n_gen:
+            raise InvalidArgumentError("--plot: draws generation; expected -n above 0")
+        check_writable(args.plot)
+        check_plot(args.plot)
+    if args.against is not None and args.model is None:
         raise InvalidArgumentError("--against: expected --model, the checkpoint that the bundle was made from")
     implementations = IMPLEMENTATIONS if args.against == "torch" else tuple((args.against or "").split(","))
-    if args.against:  # refused before minutes of measuring
+    if args.against is not None:
         check_implementations(implementations)
         import_torch()
     baseline = read_rows(args.baseline) if args.baseline else None
@@ -98,14 +109,14 @@ def _bench(args: argparse.Namespace) -> int:
         for row in bench.run(plan):
             add(row)
         manifest, device, common = bench.manifest, bench.device, bench.common
-    if args.against:
+    if args.against is not None:
         for row in Against(
             manifest,
             args.model,
             device,
             common,
             implementations=implementations,
-            max_depth=args.against_max_depth,
+            max_depth=65536 if args.against_max_depth is None else args.against_max_depth,
             progress=show_step,
         ).run(plan):
             add(row)
@@ -117,6 +128,6 @@ def _bench(args: argparse.Namespace) -> int:
         plot(rows, args.plot)
     if baseline is None:
         return 0
-    comparison = compare(baseline, rows, args.fail_above)
+    comparison = compare(baseline, rows, fail_above)
     print(comparison, file=sys.stderr)
     return 1 if comparison.failed else 0

@@ -130,6 +130,22 @@ def _middle(row: Row, key: str, cut: str = "p50") -> str:
     return f"{values[cut]:.3f}" if values else ""
 
 
+def check_plot(path: Path) -> None:
+    """Whether a plot can be drawn to `path`; to be asked before minutes of measuring.
+
+    Raises:
+        NotFoundError: matplotlib is missing.
+        InvalidArgumentError: a kind of file that matplotlib does not know.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as e:
+        raise NotFoundError(f"--plot: {e}; pip install 'lococo-export[bench]'") from e
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise InvalidArgumentError(f"--plot: expected a name that ends in one of {', '.join(kinds)}, got {path.name!r}")
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draws milliseconds a token and peak memory against depth, a line for each implementation.
 
@@ -138,13 +154,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         path: its suffix says the kind of file, such as .svg or .png.
 
     Raises:
-        NotFoundError: matplotlib is missing.
-        InvalidArgumentError: no rows of generation, or a kind of file that matplotlib does not know.
+        NotFoundError, InvalidArgumentError: as `check_plot`, or no rows of generation.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise NotFoundError(f"--plot: {e}; pip install 'lococo-export[bench]'") from e
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     generated = sorted((row for row in rows if row["n_gen"]), key=lambda row: row["n_depth"])
     if not generated:
         raise InvalidArgumentError("--plot: expected rows of generation, got none; pass -n")
@@ -173,7 +187,4 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.set_yscale("log")
         if axes.lines:
             axes.legend(fontsize="small")
-    try:
-        figure.savefig(path)
-    except ValueError as e:
-        raise InvalidArgumentError(f"--plot: {path}: {e}") from e
+    figure.savefig(path)
