@@ -425,7 +425,7 @@ def test_flags_in_the_text_exist() -> None:
     """A sentence names flags as `lococo-run --chat`, or alone, as `--chat`."""
     flags = {name: {f for a in parser_of(name)._actions for f in a.option_strings} for name in COMMANDS}
     scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob("*.py"))
-    known = set().union(*flags.values(), OTHER_FLAGS, re.findall(r'add_argument\("(--[\w-]+)"', scripts))
+    known = set().union(*flags.values(), OTHER_FLAGS, re.findall(r'add(?:_argument)?\("(--[\w-]+)"', scripts))
     for page in PAGES:
         for token in markdown_it.MarkdownIt().parse(page.read_text(encoding="utf-8")):
             for span in (child.content for child in token.children or () if child.type == "code_inline"):
