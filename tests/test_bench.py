@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,25 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         (tmp_path / "wrong").write_text(content)
         with pytest.raises(InvalidArgumentError, match="rows of lococo-bench"):
             read_rows(tmp_path / "wrong")
+
+
+def test_committed_figures_say_of_what_they_are() -> None:
+    files = sorted(Path(__file__).parents[1].glob("docs/benchmarks/h100-*.json"))
+    files = [path for path in files if path.read_text().startswith("[")]  # rows of this command
+    assert files
+    versions = {"tensorrt": "tensorrt_version", "onnxruntime": "onnxruntime_version", "torch": "torch_version"}
+    for path in files:
+        rows = read_rows(path)
+        for row in rows:
+            said = ("gpu_info", "driver_version", "cuda_version", "power_mode", "clocks", versions[row["backend"]])
+            assert not [name for name in said if not row[name]], path
+            assert re.fullmatch("[0-9a-f]{7,40}", row["build_commit"]), path
+            assert row["samples_ns"], path
+        own = [row for row in rows if row["backend"] == "tensorrt"]
+        for row in own:  # the peak is what lococo-build had promised
+            assert row["model_device_bytes"] + row["session_device_bytes"] <= 1.03 * row["promised_device_bytes"], path
+        if own == rows:  # at every depth, and without PyTorch in the process
+            assert len({row["peak_memory_bytes"] for row in own}) == 1, path
 
 
 def test_plot_draws_every_implementation(rows: list[dict[str, Any]], tmp_path: Path) -> None:
