@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,8 +98,8 @@ def undocumented(package: str) -> Iterator[str]:
         text = value.__doc__ or ""
         if not text.strip() or text.startswith(f"{name}("):  # what dataclasses make up
             yield f"{package}.{name}"
-        for member, function in vars(value).items() if inspect.isclass(value) else ():
-            public = not member.startswith("_") and (inspect.isfunction(function) or isinstance(function, property))
+        for member, function in public_members(value):
+            public = inspect.isroutine(function) or isinstance(function, property | functools.cached_property)
             said = [
                 inspect.getdoc(getattr(kind, member, None)) for kind in (value, *protocols) if hasattr(kind, member)
             ]
@@ -106,6 +109,69 @@ def undocumented(package: str) -> Iterator[str]:
             said = [f"\\b{item.name}\\b", text], [rf'^    {item.name}:[^\n]*\n    """', inspect.getsource(value)]
             if not item.metadata.get("help") and not any(re.search(*words, re.MULTILINE) for words in said):
                 yield f"{package}.{name}.{item.name}"
+        for attribute in made_in_init(value):
+            said = [(rf"\b{attribute}\b", inspect.getdoc(kind) or "") for kind in own_classes(value)]
+            said += [(rf'self\.{attribute}\b[^\n]*\n +"""', inspect.getsource(kind)) for kind in own_classes(value)]
+            if not any(re.search(*words) for words in said):
+                yield f"{package}.{name}.{attribute}"
+
+
+def own_classes(value: Any) -> list[type]:
+    """A class and those of this project that it inherits from."""
+    classes = inspect.getmro(value) if inspect.isclass(value) else ()
+    return [kind for kind in classes if kind.__module__.partition(".")[0] in PACKAGES]
+
+
+def public_members(value: Any) -> Iterator[tuple[str, Any]]:
+    """Of a class, inherited ones of this project included."""
+    for kind in own_classes(value):
+        yield from ((name, member) for name, member in vars(kind).items() if not name.startswith("_"))
+
+
+def made_in_init(value: Any) -> set[str]:
+    """Public attributes that a class sets when it is made."""
+    nodes = [
+        node
+        for kind in own_classes(value)
+        if "__init__" in vars(kind) and not dataclasses.is_dataclass(kind)
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind.__init__))))
+    ]
+    targets = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    return {node.attr for node in targets if ast.unparse(node.value) == "self" and not node.attr.startswith("_")}
+
+
+def test_what_has_no_docstring_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lococo_runtime
+
+    class Base:
+        def inherited(self) -> None: ...
+
+    class Public(Base):
+        """Has kept."""
+
+        def __init__(self) -> None:
+            self.kept, self.bare, self._hidden = 1, 2, 3
+            self.below = 4
+            """It is said here."""
+
+        @classmethod
+        def made(cls) -> None: ...
+
+        @staticmethod
+        def still() -> None: ...
+
+        @functools.cached_property
+        def cached(self) -> int:
+            return 0
+
+        def said(self) -> None:
+            """It is said."""
+
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGES", (__name__,))
+    monkeypatch.setattr(lococo_runtime, "Public", Public, raising=False)
+    monkeypatch.setattr(lococo_runtime, "__all__", ["Public"])
+    found = {name.removeprefix("lococo_runtime.Public.") for name in undocumented("lococo_runtime")}
+    assert found == {"inherited", "bare", "made", "still", "cached"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -83,24 +83,24 @@ class Against:
         progress: Callable[[str], None] = lambda what: None,
     ) -> None:
         check_implementations(implementations)
-        self.torch, self.implementations = import_torch(), implementations
+        self._torch, self.implementations = import_torch(), implementations
         from lococo_export.reference import ReferenceModel
         from lococo_export.verify import checkpoint_of
 
         self.manifest, self.max_depth, self.progress = manifest, max_depth, progress
-        self.clock = Clock(device)
-        self.name = "cpu" if device.index is None else f"cuda:{device.index}"
-        self.dtype = getattr(self.torch, manifest.dtype)
+        self._clock = Clock(device)
+        self._name = "cpu" if device.index is None else f"cuda:{device.index}"
+        self._dtype = getattr(self._torch, manifest.dtype)
         self.common: Row = {
             **{k: common.get(k) for k in KEPT},
             "backend": "torch",
-            "torch_version": self.torch.__version__,
-            "torch_cuda_version": self.torch.version.cuda,
+            "torch_version": self._torch.__version__,
+            "torch_cuda_version": self._torch.version.cuda,
             "transformers_version": installed_version("transformers"),
         }
-        self.reference = ReferenceModel(checkpoint_of(manifest, checkpoint), self.dtype, self.name)
-        self.transformers = self._load_transformers(checkpoint)
-        self.reference_steps: dict[str, _ReferenceSteps] = {}
+        self._reference = ReferenceModel(checkpoint_of(manifest, checkpoint), self._dtype, self._name)
+        self._transformers = self._load_transformers(checkpoint)
+        self._reference_steps: dict[str, _ReferenceSteps] = {}
 
     def run(self, plan: Plan) -> Iterator[Row]:
         """Rows of every implementation: prompts into an empty cache, generation at every depth."""
@@ -133,7 +133,7 @@ class Against:
         ids = self._random(n)
         read = self._read_reference if implementation.startswith("reference") else self._read_transformers
         self._reset_memory()
-        with self.torch.no_grad():
+        with self._torch.no_grad():
             samples = self._repeat(lambda: int(read(ids).argmax()), repetitions)
         ms = [ns / 1e6 for ns in samples[1:]]
         measured = timing(samples[1:], samples[0], n)
@@ -142,10 +142,10 @@ class Against:
     def _read_reference(self, ids: Tensor) -> Tensor:
         from lococo_export.reference import ReferenceSession
 
-        return ReferenceSession(self.reference).prefill(ids)
+        return ReferenceSession(self._reference).prefill(ids)
 
     def _read_transformers(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.transformers(ids, past_key_values=self._dynamic_cache(), logits_to_keep=1).logits[:, -1]
+        logits: Tensor = self._transformers(ids, past_key_values=self._dynamic_cache(), logits_to_keep=1).logits[:, -1]
         return logits
 
     # --- generation --------------------------------------------------------------------------------------------------
@@ -154,16 +154,16 @@ class Against:
         self._reset_memory()
         steps: _ReferenceSteps | None = None
         # no_grad, not inference_mode: compiled code writes to tensors that were made here
-        with self.torch.no_grad():
+        with self._torch.no_grad():
             if implementation.startswith("reference"):
-                if implementation not in self.reference_steps:  # compiling takes a minute, and serves every depth
+                if implementation not in self._reference_steps:  # compiling takes a minute, and serves every depth
                     compiled = implementation.endswith("compile")
-                    self.reference_steps[implementation] = _ReferenceSteps(self.torch, self.reference, compiled)
-                steps = self.reference_steps[implementation]
+                    self._reference_steps[implementation] = _ReferenceSteps(self._torch, self._reference, compiled)
+                steps = self._reference_steps[implementation]
                 steps.start(depth)
                 step: Callable[[], object] = steps
             elif implementation == "transformers-dynamic":
-                step = self._transformers_steps(self.transformers, self._dynamic_cache(), depth)
+                step = self._transformers_steps(self._transformers, self._dynamic_cache(), depth)
             else:
                 step = self._static_steps(depth, n * (repetitions + 1))
 
@@ -174,15 +174,15 @@ class Against:
             samples = self._repeat(generate, repetitions)
             row = {"n_prompt": 0, "n_gen": n, **timing(samples[1:], samples[0], n)}
             if steps is not None:
-                row |= steps.apart(self.clock, n)
+                row |= steps.apart(self._clock, n)
         return {**row, **self._memory()}
 
     def _transformers_steps(self, forward: Any, cache: Any, depth: int) -> Callable[[], object]:
         """Reads `depth` tokens, at least one, eagerly; then a call of the result is a step."""
-        torch = self.torch
+        torch = self._torch
         for first in range(0, max(depth, 1), CHUNK):
             ids = self._random(min(CHUNK, max(depth, 1) - first))
-            out = self.transformers(ids, past_key_values=cache, logits_to_keep=1)
+            out = self._transformers(ids, past_key_values=cache, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
 
         def step() -> None:
@@ -196,9 +196,11 @@ class Against:
     def _static_steps(self, depth: int, tokens: int) -> Callable[[], object]:
         from transformers import StaticCache
 
-        self.torch.compiler.reset()  # another depth is another shape, which must not become a dynamic one
-        cache = StaticCache(config=self.transformers.config, max_cache_len=max(depth, 1) + tokens)
-        compiled = self.torch.compile(self.transformers.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        self._torch.compiler.reset()  # another depth is another shape, which must not become a dynamic one
+        cache = StaticCache(config=self._transformers.config, max_cache_len=max(depth, 1) + tokens)
+        compiled = self._torch.compile(
+            self._transformers.forward, mode="reduce-overhead", fullgraph=True, dynamic=False
+        )
         return self._transformers_steps(compiled, cache, depth)
 
     # --- helpers -----------------------------------------------------------------------------------------------------
@@ -207,43 +209,43 @@ class Against:
         from transformers import AutoModelForCausalLM
 
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self.dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self._dtype)
         except (OSError, ValueError) as e:
             raise UnsupportedError(f"{checkpoint}: transformers cannot load it: {e}") from e
-        return model.to(self.name).eval()
+        return model.to(self._name).eval()
 
     def _dynamic_cache(self) -> Any:
         from transformers import DynamicCache
 
-        return DynamicCache(config=self.transformers.config)
+        return DynamicCache(config=self._transformers.config)
 
     def _random(self, n: int) -> Tensor:
-        ids: Tensor = self.torch.randint(0, self.manifest.model.vocab_size, (1, n), device=self.name)
+        ids: Tensor = self._torch.randint(0, self.manifest.model.vocab_size, (1, n), device=self._name)
         return ids
 
     def _repeat(self, call: Callable[[], object], repetitions: int) -> list[int]:
         """Nanoseconds: of a warm-up, then of the repetitions that fit into the time, one at least."""
-        samples = [self.clock.ns(call)]
+        samples = [self._clock.ns(call)]
         while len(samples) <= repetitions and (len(samples) < 2 or sum(samples[1:]) < SECONDS * 1e9):
-            samples.append(self.clock.ns(call))
+            samples.append(self._clock.ns(call))
         return samples
 
     def _reset_memory(self) -> None:
-        if self.name != "cpu":
-            self.torch.cuda.empty_cache()
-            self.torch.cuda.reset_peak_memory_stats(self.name)
+        if self._name != "cpu":
+            self._torch.cuda.empty_cache()
+            self._torch.cuda.reset_peak_memory_stats(self._name)
 
     def _memory(self) -> Row:
         """Of all tensors, both models' weights included; None on a CPU, where nobody counts them apart."""
-        if self.name == "cpu":
+        if self._name == "cpu":
             return {"peak_memory_bytes": None, "memory_by": None}
         other = self._weights_of_the_other()
-        peak = int(self.torch.cuda.max_memory_allocated(self.name))
+        peak = int(self._torch.cuda.max_memory_allocated(self._name))
         return {"peak_memory_bytes": peak - other, "memory_by": "torch-allocated"}
 
     def _weights_of_the_other(self) -> int:
         """Weights are loaded twice, once for each implementation; one of them has no part in a measurement."""
-        return min(sum(p.nbytes for p in m.parameters()) for m in (self.reference, self.transformers))
+        return min(sum(p.nbytes for p in m.parameters()) for m in (self._reference, self._transformers))
 
 
 class _ReferenceSteps:

@@ -173,6 +173,11 @@ class Bench:
         device, backend, num_threads: as `lococo_runtime.Model`.
         progress: told what begins.
 
+    Attributes:
+        model, session: what is measured.
+        manifest: of the bundle.
+        common: what all rows have in common.
+
     Raises:
         as `lococo_runtime.Model` and `open_device`.
     """
@@ -190,8 +195,8 @@ class Bench:
         self._full: bytes | None = None  # a state whose slots have been fused several times
         self._rate: float | None = None
         self.device = open_device(device, num_threads)
-        self.clock, self.progress = Clock(self.device), progress
-        self.copy_bandwidth = self.device.copy_bandwidth()
+        self._clock, self.progress = Clock(self.device), progress
+        self._copy_bandwidth = self.device.copy_bandwidth()
         used: list[int] = [self.device.memory().get("device_used_bytes", 0)]
         start = time.perf_counter()
         with library_log() as log:
@@ -199,11 +204,11 @@ class Bench:
         load_ms = 1e3 * (time.perf_counter() - start)
         used.append(self.device.memory().get("device_used_bytes", 0))
         sessions: list[Session] = []
-        create_ns = self.clock.ns(lambda: sessions.append(self.model.session()))
+        create_ns = self._clock.ns(lambda: sessions.append(self.model.session()))
         self.session = sessions[0]
         used.append(self.device.memory().get("device_used_bytes", 0))
         m = self.manifest = self.model.manifest
-        self.window = m.cache.buffer + 1
+        self._window = m.cache.buffer + 1
         self.common: Row = {
             "implementation": "lococo",
             "build_commit": build_commit(),
@@ -223,12 +228,12 @@ class Bench:
             "policy": m.cache.policy,
             "mem_size": m.cache.mem_size,
             "n_batch": m.cache.block_size,
-            "window_tokens": self.window,
+            "window_tokens": self._window,
             "state_bytes": self.model.state_bytes,
             "session_bytes": self.model.session_bytes,  # promised, host memory included; the next two were measured
             "model_device_bytes": used[1] - used[0] if any(used) else None,
             "session_device_bytes": used[2] - used[1] if any(used) else None,
-            "copy_bytes_per_second": self.copy_bandwidth,
+            "copy_bytes_per_second": self._copy_bandwidth,
             "step_bytes": step_bytes(m),
             "load_ms": load_ms,
             "create_session_ms": create_ns / 1e6,
@@ -263,8 +268,8 @@ class Bench:
         samples, first_token = [], []
         for _ in range(plan.repetitions + 1):
             self._restore(state)
-            samples.append(self.clock.ns(lambda: self._prefill(ids)))
-            first_token.append((samples[-1] + self.clock.ns(self.session.sample)) / 1e6)
+            samples.append(self._clock.ns(lambda: self._prefill(ids)))
+            first_token.append((samples[-1] + self._clock.ns(self.session.sample)) / 1e6)
         return {
             "n_prompt": n,
             "n_gen": 0,
@@ -284,12 +289,12 @@ class Bench:
             if repetition == 1:
                 energy = self.device.energy_joules()
             # the first token is there already, so n + 1 tokens take n forwards
-            samples.append(self.clock.ns(lambda: self._greedy(n + 1)))
+            samples.append(self._clock.ns(lambda: self._greedy(n + 1)))
         energy_after = self.device.energy_joules()
         joules = None if energy is None or energy_after is None else energy_after - energy
         self.progress(f"single steps after {n} tokens")
         plain, fusion = self._single_steps(n * plan.repetitions, state)
-        floor_ms = 1e3 * self.common["step_bytes"] / self.copy_bandwidth
+        floor_ms = 1e3 * self.common["step_bytes"] / self._copy_bandwidth
         rows: Row = {
             "n_prompt": 0,
             "n_gen": n,
@@ -309,13 +314,13 @@ class Bench:
     def _single_steps(self, count: int, state: bytes | None) -> tuple[list[float], list[float]]:
         """Milliseconds of single steps over random tokens: those without a fusion, those with one."""
         self._restore(state)
-        for token in self._random(2 * self.window):  # warm-up
+        for token in self._random(2 * self._window):  # warm-up
             self._step(int(token))
         plain: list[float] = []
         fusion: list[float] = []
         for token in self._random(count):
             live = self.session.live_slots
-            took = self.clock.ns(lambda token=int(token): self._step(token)) / 1e6  # type: ignore[misc]
+            took = self._clock.ns(lambda token=int(token): self._step(token)) / 1e6  # type: ignore[misc]
             (plain if self.session.live_slots > live else fusion).append(took)
         return plain, fusion
 
@@ -323,7 +328,7 @@ class Bench:
         """Greedy milliseconds a token over whole windows, from the first fusion at or after the depth; microseconds of
         a window in which the device does not work on it: the slope of that time over the windows of a call.
         """
-        windows = -(-n // self.window)
+        windows = -(-n // self._window)
         self._restore(state)
         while self.session.live_slots != self.manifest.cache.mem_size:
             self._step(0)
@@ -331,9 +336,9 @@ class Bench:
         idle: dict[int, list[float]] = {windows: [], 5 * windows: []}
         for _ in range(repetitions + 1):
             for count in idle:
-                forwards = count * self.window
+                forwards = count * self._window
                 self.session.set_state(fused)  # it counts from 0 again
-                took = self.clock.ns(lambda forwards=forwards: self._greedy(forwards + 1))  # type: ignore[misc]
+                took = self._clock.ns(lambda forwards=forwards: self._greedy(forwards + 1))  # type: ignore[misc]
                 ran, seconds = self.session.windows
                 values.append(took / 1e6 / forwards)
                 if ran != count:
@@ -362,7 +367,7 @@ class Bench:
             ids = self._random(full)
             self._prefill(ids)
             self.session.reset()
-            self._rate = 1e9 * full / self.clock.ns(lambda: self._prefill(ids))
+            self._rate = 1e9 * full / self._clock.ns(lambda: self._prefill(ids))
             self._full = self.session.state()
         if by == "position" or (by == "auto" and depth / (self._rate or 1) > AUTO_PREFILL_SECONDS):
             return at_position(self._full, depth), "position"
@@ -381,9 +386,9 @@ class Bench:
         """Runs everything that is repeated; None, or the nodes of the graphs that were captured, by name."""
         with library_log() as log:
             self._prefill(self._random(self._filling))
-            for token in self._random(2 * self.window):
+            for token in self._random(2 * self._window):
                 self._step(int(token))
-            self._greedy(4 * self.window)
+            self._greedy(4 * self._window)
         self.session.reset()
         found = (re.match(r"captured (.+): (\d+) nodes", line) for line in log)
         return {m.group(1): int(m.group(2)) for m in found if m} or None

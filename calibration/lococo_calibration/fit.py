@@ -59,6 +59,18 @@ class Fit:
         force: replace OUTPUT, and a state that is not resumed.
         show: receives lines for people.
 
+    Attributes:
+        output: where the heads go; a path.
+        folder: of the state that a run goes on from, `output` and ".fit".
+        workers: the processes.
+        model: in PyTorch.
+        heads: what is fitted, one module a layer.
+        tuned: what is fitted beside them.
+        windows: of the text, those that steps draw from.
+        losses: of a batch.
+        step: how many are done.
+        held_out: perplexities on text that is not fitted to, of "full" and "lococo"; empty before the first.
+
     Raises:
         LococoError: whatever is wrong with model, text or settings, before anything is computed.
     """
@@ -88,19 +100,19 @@ class Fit:
         if base.format == "lococo-merged":
             raise ConfigError(f"{settings.model}: has fusion heads among its tensors; fit heads for the plain model")
         plain = base
-        self.rope_scaling: dict[str, Any] = {}  # what config.json is to say of it
+        self._rope_scaling: dict[str, Any] = {}  # what config.json is to say of it
         if settings.lora or settings.positions:
-            base, self.rope_scaling = _scale_rope(base, settings)
-        self.base = base
+            base, self._rope_scaling = _scale_rope(base, settings)
+        self._base = base
         with self.workers.first_goes_first():
-            self.corpus, self.train_documents, self.held_out_documents = _load_text(settings, base)
-        self.windows = self.corpus.windows(settings.context, self.train_documents)
-        self.fingerprint = {"text": self.corpus.key, "model": _model_digest(base)}
+            self._corpus, self._train_documents, self._held_out_documents = _load_text(settings, base)
+        self.windows = self._corpus.windows(settings.context, self._train_documents)
+        self._fingerprint = {"text": self._corpus.key, "model": _model_digest(base)}
         self.model = ReferenceModel(base, DTYPES[name], device)
         torch.backends.cudnn.deterministic = True  # the gradient of a convolution; a seed is to repeat a run
         self.heads = nn.ModuleList(TrainableHead(h, self.model.dtype) for h in self._start()).to(device)
         self.tuned = TunedWeights(self.model, settings.tune, settings.lora, settings.lora_alpha, settings.seed)
-        changes = bool(self.tuned.masters or self.rope_scaling)
+        changes = bool(self.tuned.masters or self._rope_scaling)
         teacher = ReferenceModel(plain, DTYPES[name], device) if changes and settings.distill_weight else None
         self.losses = Losses(self.model, self.heads, settings, teacher)
         self._graphs: dict[str, GraphedBatch] = {}  # by regime
@@ -118,9 +130,9 @@ class Fit:
         if self.tuned.masters:
             groups.append({"params": self.tuned.masters, "base_lr": settings.tune_lr, "weight_decay": 0.0})
         # a gradient of a relative error over 10 million weights is small: a large eps would swallow it
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, eps=1e-12)
+        self._optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, eps=1e-12)
         self.step = 0
-        self.held_out: dict[str, float] = {}  # perplexities of "full" and "lococo"
+        self.held_out: dict[str, float] = {}
         if resume:
             self._load_state()
 
@@ -136,14 +148,14 @@ class Fit:
     def _start(self) -> tuple[HeadWeights, ...]:
         s, cache = self.settings, self.settings.cache
         if not s.init_from:
-            return initial_heads(self.base.geometry, cache, seed=s.seed, std=s.init_std, normalizer=s.init_normalizer)
+            return initial_heads(self._base.geometry, cache, seed=s.seed, std=s.init_std, normalizer=s.init_normalizer)
         start = load_checkpoint(s.init_from)
         free = {"block_size", "buffer", "local_len", "activation", "score_decay", "decay_per"}
         ours, theirs = dataclasses.asdict(cache), dataclasses.asdict(start.config)
         wrong = [
             f"{k}: expected {ours[k]!r}, got {theirs[k]!r}" for k in ours if k not in free and ours[k] != theirs[k]
         ]
-        if wrong or start.geometry != self.base.geometry:
+        if wrong or start.geometry != self._base.geometry:
             raise ConfigError(f"{s.init_from}: heads of another shape: {'; '.join(wrong) or 'another model'}")
         return start.heads
 
@@ -151,7 +163,7 @@ class Fit:
 
     def ids(self, windows: list[Window]) -> Tensor:
         """Tokens (B, context) on the device."""
-        return torch.from_numpy(self.corpus.read(windows, self.settings.context)).to(self.model.device)
+        return torch.from_numpy(self._corpus.read(windows, self.settings.context)).to(self.model.device)
 
     def gradients(self, step: int) -> tuple[StepLosses, TrainingPlan]:
         """The losses of a step, their gradients in the heads."""
@@ -161,7 +173,7 @@ class Fit:
         if s.cuda_graphs and always_alike and self.model.device.type == "cuda" and plan.regime not in self._graphs:
             ids = self.ids(self.windows[:1] * s.batch)
             self._graphs[plan.regime] = GraphedBatch(self.losses, plan, ids, 1 / s.accumulate)
-        self.optimizer.zero_grad(set_to_none=not s.cuda_graphs)  # a graph writes where gradients were
+        self._optimizer.zero_grad(set_to_none=not s.cuda_graphs)  # a graph writes where gradients were
         self.tuned.zero_grad()
         losses = self.losses.new()
         for i in range(s.accumulate):
@@ -212,9 +224,9 @@ class Fit:
                 for p in h.parameters():
                     if p.grad is not None:
                         p.grad.mul_(s.clip / norm)
-        for group in self.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.lr_factor(self.step)
-        self.optimizer.step()
+        self._optimizer.step()
         with torch.no_grad():
             for head in self.heads:
                 # beyond, a fusion extrapolates: over hundreds of fusions, mixed slots grow without bound
@@ -236,8 +248,8 @@ class Fit:
         """Held-out perplexities of the second half of windows: "full" (computed once), "lococo" reading blocks, and
         after the last step "lococo_step", reading tokens one by one."""
         s = self.settings
-        chosen = choose_windows(self.corpus, s.context, s.eval_windows, self.held_out_documents)
-        ids = self.corpus.read(chosen, s.context)
+        chosen = choose_windows(self._corpus, s.context, s.eval_windows, self._held_out_documents)
+        ids = self._corpus.read(chosen, s.context)
         wanted: list[tuple[str, Policy, int | None]] = [("lococo", self.losses.policy, None)]
         if "full" not in self.held_out:
             wanted.append(("full", FullCache(), None))
@@ -260,7 +272,7 @@ class Fit:
                 self.gradients(step)
                 self._synchronize()
                 seconds[regime] = time.perf_counter() - start
-        self.optimizer.zero_grad(set_to_none=not s.cuda_graphs)
+        self._optimizer.zero_grad(set_to_none=not s.cuda_graphs)
         return seconds
 
     def estimate(self) -> str:
@@ -319,12 +331,12 @@ class Fit:
         return self.output
 
     def _describe(self) -> None:
-        s, g = self.settings, self.base.geometry
-        for note in self.corpus.notes:
+        s, g = self.settings, self._base.geometry
+        for note in self._corpus.notes:
             self.show(f"note: {note}")
         self.show(
             f"{g.family}, {g.num_layers} layers, {self._parameters():,} head parameters; {len(self.windows):,} windows"
-            f" of {s.context:,} tokens from {len(self.train_documents):,} documents, {len(self.held_out_documents):,}"
+            f" of {s.context:,} tokens from {len(self._train_documents):,} documents, {len(self._held_out_documents):,}"
             f" documents held out; {self.model.dtype} on {self.model.device}"
         )
 
@@ -412,7 +424,7 @@ class Fit:
         settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in NOT_COMPARED}
         computed = {"dtype": str(self.model.dtype)}  # what auto came to
         computed["processes"] = str(self.workers.count)
-        document: dict[str, Any] = json.loads(json.dumps({**settings, **computed, **self.fingerprint}))
+        document: dict[str, Any] = json.loads(json.dumps({**settings, **computed, **self._fingerprint}))
         return document
 
     def save_state(self) -> Path:
@@ -423,7 +435,7 @@ class Fit:
                 "version": STATE_VERSION,
                 "step": self.step,
                 "heads": self.heads.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
                 "tuned": [m.detach() for m in self.tuned.masters],
                 "held_out": self.held_out,
                 "settings": json.dumps(self._compared()),
@@ -460,7 +472,7 @@ class Fit:
         if wrong:
             raise ConfigError(f"{path}: cannot resume with other settings: {'; '.join(wrong)}")
         self.heads.load_state_dict(state["heads"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(state["optimizer"])
         self.tuned.load(state["tuned"])
         self.step, self.held_out = state["step"], state["held_out"]
 
@@ -468,7 +480,7 @@ class Fit:
         """Writes the checkpoint: the model's files, the heads, and a record of the run."""
         s = self.settings
         skipped = {HEADS_NAME, HEADS_CONFIG_NAME, RECORD_NAME}
-        source = self.base.source_dir
+        source = self._base.source_dir
         with publish_directory(self.output, force=self.force, marker=HEADS_CONFIG_NAME) as staging:
             for path in sorted({p for pattern in MODEL_FILES for p in source.glob(pattern)}):
                 if path.is_file() and path.name not in skipped:
@@ -478,13 +490,13 @@ class Fit:
             shutil.copymode(staging / "config.json", staging / HEADS_NAME)  # safetensors files are private at first
             record = self._record()
             (staging / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            if self.rope_scaling:
-                _write_rope(staging / "config.json", self.rope_scaling, max(s.context, s.positions))
+            if self._rope_scaling:
+                _write_rope(staging / "config.json", self._rope_scaling, max(s.context, s.positions))
             (staging / CARD_NAME).write_text(model_card(s, record, source.name), encoding="utf-8")
 
     def _record(self) -> dict[str, Any]:
         def documents(numbers: list[int]) -> list[dict[str, str]]:
-            return [{"name": self.corpus.names[d], "sha256": self.corpus.digests[d]} for d in numbers]
+            return [{"name": self._corpus.names[d], "sha256": self._corpus.digests[d]} for d in numbers]
 
         return {
             "settings": self._compared(),
@@ -492,8 +504,8 @@ class Fit:
             "processes": self.workers.count,
             "held_out_perplexity": self.held_out,
             "normalizers": [float(h.normalizer.detach()) for h in self.heads if isinstance(h, TrainableHead)],
-            "trained_on": documents(self.train_documents),
-            "held_out": documents(self.held_out_documents),
+            "trained_on": documents(self._train_documents),
+            "held_out": documents(self._held_out_documents),
             "torch": torch.__version__,
         }
 

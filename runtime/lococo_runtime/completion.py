@@ -77,6 +77,10 @@ class CompletionBuilder:
         params: stop, stop_token_ids, max_tokens and logprobs are used here.
         eos_token_ids: of the bundle.
         grammar: at its beginning, or None.
+
+    Attributes:
+        token_ids: pushed so far.
+        finish_reason, stop_reason: as in `CompletionOutput`; None before the end.
     """
 
     def __init__(
@@ -183,6 +187,10 @@ class CompletionStream:
     Nothing is read before the first piece is asked for. A session that the stream made is freed at its end; one that
     was passed in stands after the last token that was read: all but the last of the output's token_ids.
     One thread at a time may read; `cancel` and `output` are for any.
+
+    Attributes:
+        prompt_ids: what it reads first.
+        read_ids: after the end, the tokens of prompt and answer that the session has read; None if an error ended it.
     """
 
     def __init__(
@@ -199,7 +207,6 @@ class CompletionStream:
     ) -> None:
         self.prompt_ids = list(prompt_ids)
         self.read_ids: list[int] | None = None
-        """After the end: the tokens of prompt and answer that the session has read; None if an error ended it."""
         self._open_session = open_session
         self._builder = builder
         self._params = params

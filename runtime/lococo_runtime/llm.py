@@ -66,6 +66,12 @@ class LLM:
         bundle: a bundle directory with tokenizer.json.
         **options: as `Model`.
 
+    Attributes:
+        model: the opened bundle.
+        tokenizer: a `tokenizers.Tokenizer`.
+        detokenizer: makes text of token ids.
+        chat_template: makes text of conversations.
+
     Raises:
         see `Model` and `load_tokenizer`. UnsupportedError: a tokenizer whose text cannot be streamed.
     """

@@ -35,7 +35,11 @@ class PoolInfo:
 
 
 class PooledSession(Session):
-    """A session of a pool: `close`, or leaving its `with` block, gives it back."""
+    """A session of a pool: `close`, or leaving its `with` block, gives it back.
+
+    Attributes:
+        id: its name in the pool.
+    """
 
     def __init__(self, pool: SessionPool, session_id: str, handle: ctypes.c_void_p) -> None:
         self._handle, self._owns_model, self.model = handle, False, pool.model

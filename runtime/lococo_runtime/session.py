@@ -60,6 +60,14 @@ class Model(_Handle):
         backend_library: path of libonnxruntime, by default $LOCOCO_ONNXRUNTIME or the installed package's; with backend
             "tensorrt" of liblococo_trt, by default beside liblococo.
 
+    Attributes:
+        manifest: of the bundle, checked.
+        vocab_size: token ids are below it; V of `Session.logits`.
+        state_bytes: of a state without its header, at any position.
+        session_bytes: of memory that each session takes, its buffers included.
+        max_batch: how many sessions a `Batch` steps at once; 1 if the bundle was not exported for more.
+        batch_bytes: of memory that a `Batch` takes beside its sessions; 0 where it is a loop.
+
     Raises:
         NotFoundError, CorruptError, VersionError: the bundle is not there, damaged, or of another schema.
         NotFoundError: ONNX Runtime is not installed, or on a GPU a library that it needs, such as cuDNN.
@@ -132,6 +140,9 @@ class Session(_Handle):
     Args:
         bundle: a bundle directory, or an opened `Model` to share its weights.
         device, options: as `Model`, when `bundle` is a directory.
+
+    Attributes:
+        model: whose session it is.
 
     Raises:
         see `Model`.
