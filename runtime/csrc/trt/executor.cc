@@ -94,13 +94,16 @@ Executor::Executor(Backend& backend)
   require_memory(l_.arena_bytes + backend.workspace_bytes(), "a session");
   arena_ = allocate_device(l_.arena_bytes, "a session");
   workspace_ = allocate_device(backend.workspace_bytes(), "a session's workspace");
-  for (Slot& slot : slots_) {
-    slot = {allocate_pinned(l_.inputs_bytes), create_event()};
-    std::memset(slot.memory.get(), 0, l_.inputs_bytes);
-  }
+  const auto image = [&] {
+    PinnedMemory memory = allocate_pinned(l_.inputs_bytes);
+    std::memset(memory.get(), 0, l_.inputs_bytes);
+    return memory;
+  };
+  for (Slot& slot : slots_) slot = {image(), create_event()};
+  window_inputs_ = image();
   logits_ = allocate_pinned(l_.logits_bytes);
   ring_ = allocate_pinned(static_cast<uint64_t>(backend.window()) * sizeof(int32_t));
-  for (Span* span : {&window_, &kept_}) *span = {create_event(true), create_event(true)};
+  window_ = {create_event(true), create_event(true)};
 
   // The state file is tight, the device's tensors are aligned: neighbours without a gap become one run.
   uint64_t file = 0;
@@ -156,7 +159,14 @@ void Executor::send_inputs(const int32_t* ids, int32_t n, int64_t position, int3
   slot_ = 1 - slot_;
   Slot& slot = slots_[slot_];
   check(cudaEventSynchronize(slot.copied.get()), "wait for the device");
-  auto* image = static_cast<uint8_t*>(slot.memory.get());
+  write_inputs(slot.memory, ids, n, position, length);
+  send(slot.memory);
+  check(cudaEventRecord(slot.copied.get(), stream_.get()), "record an event");
+}
+
+void Executor::write_inputs(const PinnedMemory& memory, const int32_t* ids, int32_t n, int64_t position,
+                            int32_t length) const {
+  auto* image = static_cast<uint8_t*>(memory.get());
   const auto word = [&](uint64_t offset) { return reinterpret_cast<int32_t*>(image + (offset - l_.inputs)); };
   *word(l_.position) = static_cast<int32_t>(position);
   *word(l_.past_length) = length;
@@ -165,9 +175,11 @@ void Executor::send_inputs(const int32_t* ids, int32_t n, int64_t position, int3
   const size_t given = ids != nullptr ? static_cast<size_t>(n) : 0;
   std::copy_n(ids, given, word(l_.input_ids));
   std::fill_n(word(l_.input_ids) + given, block - given, 0);
-  check(cudaMemcpyAsync(at(l_.inputs), image, l_.inputs_bytes, cudaMemcpyHostToDevice, stream_.get()),
+}
+
+void Executor::send(const PinnedMemory& inputs) {
+  check(cudaMemcpyAsync(at(l_.inputs), inputs.get(), l_.inputs_bytes, cudaMemcpyHostToDevice, stream_.get()),
         "send the tokens");
-  check(cudaEventRecord(slot.copied.get(), stream_.get()), "record an event");
 }
 
 void Executor::enqueue(lococo_module_kind kind, int32_t tokens) { contexts_.at({kind, tokens}).enqueue(stream_.get()); }
@@ -241,6 +253,7 @@ GraphExec Executor::capture(const std::string& name, F&& body) {
 
 void Executor::forward(const lococo_module_forward& f, float* all_logits) {
   const bool fuses = f.fuses != 0;
+  settle();
   send_inputs(f.ids, f.n, f.position, f.length);
   launch(forward_key(f.width, fuses), [&] {
     enqueue(LOCOCO_MODULE_DECODER, f.width);
@@ -273,13 +286,18 @@ void Executor::project(const lococo_module_forward& f, float* all_logits) {
 
 void Executor::finish() { check(cudaStreamSynchronize(stream_.get()), "run the graphs"); }
 
-// The first M columns of the state stay as they are until end_window: a window starts at M live slots, appends behind
-// them, and its fusion writes elsewhere. So only logits and accumulated scores have to be saved to go back.
+// A window starts at M live slots, appends behind them, and its fusion writes elsewhere. So the state stays as it is
+// until the next window, which begins by keeping what the fusion wrote; only logits and accumulated scores have to be
+// saved to go back. Between two windows the host has one graph to launch, and nothing else.
 double Executor::run_window(int64_t position, int32_t* ids) {
   const int32_t window = backend_.window();
-  check(cudaEventRecord(window_.begin.get(), stream_.get()), "record an event");
-  send_inputs(nullptr, 1, position, b_.mem_size);
+  if (!keeps_) copy(l_.fused, l_.cache, l_.cache_bytes);
+  keeps_ = false;
+  write_inputs(window_inputs_, nullptr, 1, position, b_.mem_size);
   launch(kWindowKey, [&] {
+    record(window_.begin);
+    send(window_inputs_);
+    copy(l_.cache, l_.fused, l_.cache_bytes);
     copy(l_.saved_logits, l_.logits, l_.logits_bytes);
     if (l_.scores_bytes > 0) copy(l_.saved_scores, l_.past_scores, l_.scores_bytes);
     for (int32_t i = 0; i < window; ++i) {
@@ -291,12 +309,9 @@ double Executor::run_window(int64_t position, int32_t* ids) {
     check(cudaMemcpyAsync(ring_.get(), at(l_.ring), static_cast<size_t>(window) * sizeof(int32_t),
                           cudaMemcpyDeviceToHost, stream_.get()),
           "fetch the tokens");
+    record(window_.end);
   });
-  check(cudaEventRecord(window_.end.get(), stream_.get()), "record an event");
   finish();
-  double seconds = seconds_between(window_.begin, window_.end);
-  if (has_kept_) seconds += seconds_between(kept_.begin, kept_.end);
-  has_kept_ = false;
   std::memcpy(ids, ring_.get(), static_cast<size_t>(window) * sizeof(int32_t));
   if (std::find(ids, ids + window, -1) != ids + window) {
     fail(LOCOCO_ERROR_BACKEND,
@@ -304,20 +319,28 @@ double Executor::run_window(int64_t position, int32_t* ids) {
          " damaged or overflow this dtype, export with a wider one",
          window, static_cast<long long>(position));
   }
-  return seconds;
+  return seconds_between(window_.begin, window_.end);
+}
+
+// On the device's clock: within a graph, when the device gets there.
+void Executor::record(const Event& event) {
+  check(cudaEventRecordWithFlags(event.get(), stream_.get(),
+                                 use_graphs_ ? cudaEventRecordExternal : cudaEventRecordDefault),
+        "record an event");
 }
 
 void Executor::end_window(bool keep) {
-  if (keep) {
-    check(cudaEventRecord(kept_.begin.get(), stream_.get()), "record an event");
-    copy(l_.cache, l_.fused, l_.cache_bytes);
-    check(cudaEventRecord(kept_.end.get(), stream_.get()), "record an event");
-    has_kept_ = true;
-    return;
-  }
+  keeps_ = keep;
+  if (keep) return;
   copy(l_.logits, l_.saved_logits, l_.logits_bytes);
   if (l_.scores_bytes > 0) copy(l_.past_scores, l_.saved_scores, l_.scores_bytes);
   finish();
+}
+
+// Brings the state where everything but the next window looks for it.
+void Executor::settle() {
+  if (keeps_) copy(l_.cache, l_.fused, l_.cache_bytes);
+  keeps_ = false;
 }
 
 const float* Executor::logits() {
@@ -328,11 +351,13 @@ const float* Executor::logits() {
 }
 
 void Executor::reset() {
+  keeps_ = false;
   check(cudaMemsetAsync(at(0), 0, l_.arena_bytes, stream_.get()), "clear the session");
   finish();
 }
 
 void Executor::read_state(uint8_t* bytes) {
+  settle();
   for (const Run& run : state_) {
     check(cudaMemcpyAsync(bytes + run.file, at(run.device), run.nbytes, cudaMemcpyDeviceToHost, stream_.get()),
           "fetch the state");
@@ -341,6 +366,7 @@ void Executor::read_state(uint8_t* bytes) {
 }
 
 void Executor::write_state(const uint8_t* bytes) {
+  keeps_ = false;
   for (const Run& run : state_) {
     check(cudaMemcpyAsync(at(run.device), bytes + run.file, run.nbytes, cudaMemcpyHostToDevice, stream_.get()),
           "send the state");
@@ -349,6 +375,8 @@ void Executor::write_state(const uint8_t* bytes) {
 }
 
 void Executor::copy_state(Executor& from) {
+  keeps_ = false;
+  from.settle();
   from.finish();
   check(cudaMemcpyAsync(at(l_.state), from.at(l_.state), l_.state_bytes, cudaMemcpyDeviceToDevice, stream_.get()),
         "copy the state");

@@ -100,6 +100,10 @@ class Executor {
 
   void warm_up();
   void send_inputs(const int32_t* ids, int32_t n, int64_t position, int32_t length);
+  void write_inputs(const PinnedMemory& memory, const int32_t* ids, int32_t n, int64_t position, int32_t length) const;
+  void send(const PinnedMemory& inputs);
+  void record(const Event& event);
+  void settle();
   void enqueue(lococo_module_kind kind, int32_t tokens);
   void append(int32_t width);
   void choose();
@@ -120,11 +124,11 @@ class Executor {
   DeviceMemory workspace_;
   std::array<Slot, 2> slots_;  // the host fills one while the device may still read the other
   size_t slot_ = 0;
-  PinnedMemory logits_;  // (vocab_size)
-  PinnedMemory ring_;    // (window)
+  PinnedMemory logits_;         // (vocab_size)
+  PinnedMemory ring_;           // (window)
+  PinnedMemory window_inputs_;  // an image of the inputs
   Span window_;
-  Span kept_;  // the copy of a window's state
-  bool has_kept_ = false;
+  bool keeps_ = false;  // the state is what the last window's fusion wrote
   std::vector<Run> state_;
   std::map<GraphKey, Context> contexts_;
   std::map<int32_t, GraphExec> graphs_;
