@@ -326,29 +326,31 @@ class Bench:
 
     def _windows(self, n: int, state: bytes | None, repetitions: int) -> Row:
         """Greedy milliseconds a token over whole windows, from the first fusion at or after the depth; microseconds of
-        a window in which the device does not work on it: the slope of that time over the windows of a call.
+        a window in which the device does not work on it.
         """
-        windows = -(-n // self._window)
         self._restore(state)
         while self.session.live_slots != self.manifest.cache.mem_size:
             self._step(0)
-        fused, values = self.session.state(), []
-        idle: dict[int, list[float]] = {windows: [], 5 * windows: []}
-        for _ in range(repetitions + 1):
-            for count in idle:
-                forwards = count * self._window
-                self.session.set_state(fused)  # it counts from 0 again
-                took = self._clock.ns(lambda forwards=forwards: self._greedy(forwards + 1))  # type: ignore[misc]
-                ran, seconds = self.session.windows
-                values.append(took / 1e6 / forwards)
-                if ran != count:
-                    break  # on a CPU
-                idle[count].append(took / 1e3 - 1e6 * seconds)
-        few, many = (statistics.median(x[1:]) if x[1:] else None for x in idle.values())
-        return {
-            "window_ms_per_token": summary_ms(values[1 if few is None else 2 :]),
-            "window_host_us": None if few is None or many is None else (many - few) / (4 * windows),
-        }
+        fused = self.session.state()
+
+        def read(windows: int) -> tuple[float, float, bool]:
+            """Milliseconds a token, microseconds that the device does not work, whether these were windows."""
+            forwards = windows * self._window
+            self.session.set_state(fused)  # it counts from 0 again
+            took = self._clock.ns(lambda: self._greedy(forwards + 1))
+            ran, seconds = self.session.windows
+            return took / 1e6 / forwards, took / 1e3 - 1e6 * seconds, ran == windows
+
+        values = [read(-(-n // self._window)) for _ in range(repetitions + 1)][1:]
+        host_us = None
+        if all(whole for _, _, whole in values):  # not on a CPU
+            window_s = values[0][0] * self._window / 1e3
+            times = max(8, min(64, int(1 / window_s)))
+            # what a call takes beside its windows is the same for 1 and 2; medians, as hiccups of a host add up
+            idle = [[read(count)[1] for count in (1, 2)] for _ in range(times)]
+            one, two = (statistics.median(column) for column in zip(*idle, strict=True))
+            host_us = two - one
+        return {"window_ms_per_token": summary_ms([ms for ms, _, _ in values]), "window_host_us": host_us}
 
     # --- depth -------------------------------------------------------------------------------------------------------
 
