@@ -293,6 +293,13 @@ def test_network_flags(version: str, flags: int) -> None:
     assert kit.strongly_typed == (not version.startswith("8"))
 
 
+def test_versions_are_numbers() -> None:
+    for version, expected in (("8.6.1", "8.6.1"), ("10.0.0b6", "10.0.0"), ("11.4.1.15.post1", "11.4.1.15")):
+        kit = Toolkit("tensorrt", fake_trt(version), None, None)
+        assert kit.version == expected
+        assert kit.release == ".".join(expected.split(".")[:3])
+
+
 def test_what_a_version_lacks_is_refused() -> None:
     kit = Toolkit("tensorrt", fake_trt("8.6.0"), None, None)
     kit.require_dtype("float16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -47,7 +48,9 @@ class Toolkit:
 
     @property
     def version(self) -> str:
-        return str(self.trt.__version__)
+        """Numbers alone, as the library says it: "10.0.0" of "10.0.0b6"."""
+        found = re.match(r"[0-9]+(\.[0-9]+)*", str(self.trt.__version__))
+        return found[0] if found else ""
 
     @property
     def release(self) -> str:
