@@ -188,6 +188,14 @@ def test_flags_that_are_refused(bundle: Path, options: str, said: str, capfd: py
     assert said in capfd.readouterr().err
 
 
+def test_an_address_that_is_taken(server: Server, bundle: Path) -> None:
+    command = [sys.executable, "-m", "lococo_server", str(bundle), "--port", str(server.port), "--threads", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "address already in use" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_models(server: Server, client: openai.OpenAI, llm: LLM) -> None:
     (model,) = client.models.list().data
     assert model.id == client.models.retrieve("bundle").id == "bundle"

@@ -128,7 +128,10 @@ def _serve(args: argparse.Namespace) -> int:
     # uvicorn sends itself the signal again when it has drained; being asked to end is no failure
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     server = _Server(config, args.drain_timeout, app.state.end_all)
-    server.run()
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's 3, after it has said why: the address is taken, or not this machine's
+        return 1
     return 0 if server.started else 1
 
 

@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .errors import ApiError
 
-_POLL_SECONDS = 0.002
+_POLL_SECONDS = 0.002, 0.02  # at first, and later: one that has gone is mostly found by its first token
 _ASK_AFTER_SECONDS = 0.05  # most answers to clients that close their half have been sent by then
 _TCP_CLOSE = 7  # of Linux's tcp_info.tcpi_state
 _LINGER_SECONDS = 1.0  # after an error: closing a connection on unread data would take back the answer
@@ -66,10 +66,10 @@ class Connection(H11Protocol):
             return False
         if not self._ended:
             self._ended = True
-            self._watch_reader(self.loop.time() + _ASK_AFTER_SECONDS)
+            self._watch_reader(self.loop.time() + _ASK_AFTER_SECONDS, _POLL_SECONDS[0])
         return True
 
-    def _watch_reader(self, ask_at: float | None) -> None:
+    def _watch_reader(self, ask_at: float | None, seconds: float) -> None:
         """Ends the connection once it is reset. Tokens of a stream provoke that; before an answer an empty one does."""
         if self.cycle.response_complete or self.transport.is_closing():
             return
@@ -81,7 +81,7 @@ class Connection(H11Protocol):
             ask_at = None
             nothing = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
             self.transport.write(self.conn.send(nothing) or b"")
-        self.loop.call_later(_POLL_SECONDS, self._watch_reader, ask_at)
+        self.loop.call_later(seconds, self._watch_reader, ask_at, min(1.1 * seconds, _POLL_SECONDS[1]))
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
