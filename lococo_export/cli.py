@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -92,7 +93,9 @@ def _build_engines(bundle: Path) -> None:
         print(f"building TensorRT engines here, for {target.device}; --no-engines leaves them out", file=sys.stderr)
         print(build_engines(bundle, recipe, target, progress=show_step))
     except UnsupportedError as e:
-        then = "" if target is None else f"\nThen run here: lococo-build {bundle}"  # else the error names the place
+        then = (
+            "" if target is None else f"\nThen run here: lococo-build {shlex.quote(str(bundle))}"
+        )  # else the error names the place
         print(f"note: no TensorRT engines were built: {e}{then}", file=sys.stderr)
 
 

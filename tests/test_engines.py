@@ -174,6 +174,8 @@ def test_without_a_gpu_the_error_says_what_to_run_where(bundle: Path, capsys: py
     assert f"copy the bundle to that machine and run there:\n  lococo-build {bundle}\n" in error
     assert f"pip install 'lococo-export[rtx]' && lococo-build {bundle} --target rtx:sm86,sm89,sm120" in error
     assert not (bundle / "engines").exists()
+    with pytest.raises(UnsupportedError, match=r"lococo-build 'my bundle'\n"):
+        choose("auto", None, "my bundle")
 
 
 def test_without_tensorrt_the_error_says_how_to_get_it(

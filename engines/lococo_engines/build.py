@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -84,14 +85,15 @@ def choose(recipe: str, target: str | None, bundle: str | os.PathLike[str] = "BU
         chosen = load_recipe("rtx" if recipe == "auto" else recipe)
         return chosen, Target(_parse_target(target, chosen), None)
     named = None if recipe == "auto" else load_recipe(recipe)
+    path = shlex.quote(os.fspath(bundle))
     try:
         device = query_device()
     except UnsupportedError as e:
         raise UnsupportedError(
             f"{e}\nEngines are built where they run: copy the bundle to that machine and run there:\n"
-            f"  lococo-build {os.fspath(bundle)}\n"
+            f"  lococo-build {path}\n"
             "For RTX PCs they can be built here, without a GPU:\n"
-            f"  pip install 'lococo-export[rtx]' && lococo-build {os.fspath(bundle)} --target rtx:sm86,sm89,sm120"
+            f"  pip install 'lococo-export[rtx]' && lococo-build {path} --target rtx:sm86,sm89,sm120"
         ) from e
     chosen = recipe_for(device) if named is None else named
     if device.sm not in chosen.sm:
