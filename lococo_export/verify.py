@@ -336,10 +336,12 @@ class _StepGraph:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Of one forward: the state if it was looked at, and the first tensor that is wrong, with the reason."""
+    """Of one forward: the state if it was looked at, the first tensor that is wrong, with the reason, and whether only
+    its fusion can have made that so, as its logits agree."""
 
     state: bytes | None
     wrong: tuple[str, str] | None
+    by_fusion: bool = False
 
 
 class _Comparison:
@@ -386,7 +388,7 @@ class _Comparison:
             self.reference.take_over(after)
         else:
             self.reference.update(result)
-        return _Outcome(state, wrong)
+        return _Outcome(state, wrong, by_fusion=fuses and not detail)
 
     def _compare_columns(
         self, before: LococoState, result: ForwardResult, after: LococoState, length: int
@@ -477,7 +479,7 @@ def _first_bad_forward(
         outcome = again.forward(piece, columns=True)
         if outcome.wrong:
             tensor, detail = outcome.wrong
-            findings = [_where(tensor, manifest.model.num_layers)]
+            findings = [_where(tensor, manifest.model.num_layers, outcome.by_fusion)]
             if "not finite" in detail:
                 findings.append(_overflow(reference.model, read_state(manifest, before), piece))
             return Divergence(session.position, kind, tensor, detail, tuple(findings)), before, piece
@@ -490,7 +492,7 @@ def _kind(number: int, piece: list[int], fuses: bool) -> str:
     return f"forward {number} ({kind}{', with a fusion' if fuses else ''})"
 
 
-def _where(tensor: str, num_layers: int) -> str:
+def _where(tensor: str, num_layers: int, by_fusion: bool) -> str:
     """What to look at, given the first tensor that is wrong."""
     if tensor == "logits":
         return (
@@ -501,6 +503,8 @@ def _where(tensor: str, num_layers: int) -> str:
     if tensor.startswith(("selection", "past_scores")):
         return "keys and values agree: look at the scores of this layer's attention"
     layer = int(tensor.split(".")[1])
+    if by_fusion:
+        return f"the forward's logits and the layers before it agree: look at layer {layer}'s fusion"
     before = f"layer {layer - 1}'s attention or MLP" if layer else "the embedding"
     return f"the layers before it agree: look at {before}, and at layer {layer}'s norm, projections and fusion"
 

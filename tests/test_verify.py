@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -161,6 +162,19 @@ def test_one_wrong_column_is_named_by_forward_and_layer(bundle: Path, checkpoint
     assert found.forward.startswith(f"forward {48 // 8 + 61 - 48} (step")
     assert "layer 0's attention or MLP" in str(found)
     assert "another backend, from the same state, agrees with PyTorch" in str(found)
+
+
+def test_a_wrong_fusion_is_told_from_a_wrong_layer(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    first, second, third = checkpoint.heads
+    other = dataclasses.replace(second, normalizer=second.normalizer + 0.3)
+    export_bundle(dataclasses.replace(checkpoint, heads=(first, other, third)), tmp_path / "bundle")
+    with Session(tmp_path / "bundle") as session:
+        report = verify_bundle(session, ReferenceModel(checkpoint), tokens(48 + STEPS), STEPS)
+    found = report.divergence
+    assert found is not None
+    assert found.tensor == "past_key_values.1.key"
+    assert "with a fusion" in found.forward
+    assert found.findings[0].endswith("agree: look at layer 1's fusion")
 
 
 def test_a_missing_third_backend_hides_nothing(bundle: Path, checkpoint: Checkpoint) -> None:
