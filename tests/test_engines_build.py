@@ -313,6 +313,15 @@ def test_unwritable_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ]
     with pytest.raises(StorageError, match="Not a directory; check that the target is writable"):
         _timing_cache_file(tmp_path / "file" / "mine" / "x.cache", kit, target, notes.append)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home(_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "home", classmethod(no_home))
+        assert _timing_cache_file(None, kit, target, notes.append) is None
+    assert "home directory.: set XDG_CACHE_HOME; building without a timing cache" in notes[-1]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     found = _timing_cache_file(None, kit, target, notes.append)
     assert found == tmp_path / "caches" / "lococo" / "timing-8.6.0-sm90-nvidia-h100.cache"

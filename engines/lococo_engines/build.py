@@ -295,7 +295,7 @@ def _build_lock(directory: Path, progress: Callable[[str], None]) -> Iterator[No
 
 
 def cache_directory() -> Path:
-    """$XDG_CACHE_HOME/lococo, by default ~/.cache/lococo."""
+    """$XDG_CACHE_HOME/lococo, by default ~/.cache/lococo. Raises RuntimeError without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lococo"
 
@@ -309,7 +309,12 @@ def _timing_cache_file(
             raise InvalidArgumentError("timing_cache_file: TensorRT for RTX has no timing cache; leave the flag out")
         return None
     gpu = "".join(c if c.isalnum() else "-" for c in target.device.name.lower())
-    path = Path(given) if given else cache_directory() / f"timing-{kit.version}-sm{target.device.sm}-{gpu}.cache"
+    name = f"timing-{kit.version}-sm{target.device.sm}-{gpu}.cache"
+    try:
+        path = Path(given) if given else cache_directory() / name
+    except RuntimeError as e:  # a user without a home, as in some containers
+        progress(f"note: {e}: set XDG_CACHE_HOME; building without a timing cache, so the next build is as slow")
+        return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
