@@ -205,6 +205,8 @@ def fit(job: dict[str, Any], common: dict[str, Any], args: argparse.Namespace, r
             "cache_dir": str(args.out / "tokens"), "eval_every": 0, "held_out": 0.0, "steps": 200, **common,
             **job.get("settings", {}), **stage, "init_from": heads,
         }  # fmt: skip
+        if not torch.cuda.is_available():
+            given["cuda_graphs"] = False
         run = None  # frees the stage before
         gc.collect()
         if torch.cuda.is_available():

@@ -438,6 +438,8 @@ def test_windows_without_fusion_are_refused(changes: dict[str, Any], message: st
         ({"text": ()}, "expected --text"),
         ({"lr": float("nan")}, "lr: expected 0 or more"),
         ({"decode_share": 1.5}, "decode_share: expected 0 to 1"),
+        ({"init_normalizer": float("nan")}, "init_normalizer: expected 0 to 1"),
+        ({"checkpointing": True}, "checkpointing: reconstruction goes through one layer"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:

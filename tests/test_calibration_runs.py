@@ -33,7 +33,13 @@ from lococo_calibration.ruler import (
     score,
 )
 from lococo_runtime import CorruptError, InvalidArgumentError, NotFoundError, Session
-from lococo_runtime._exceptions import ConfigError, NoSpaceError, OutOfMemoryError, TargetExistsError
+from lococo_runtime._exceptions import (
+    ConfigError,
+    NoSpaceError,
+    OutOfMemoryError,
+    TargetExistsError,
+    UnsupportedError,
+)
 from lococo_runtime.bundle import LococoConfig
 from lococo_runtime.llm import load_tokenizer
 from safetensors.torch import load_file
@@ -204,6 +210,11 @@ def test_tokenizer_of_another_model(text: Path, tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "model")
     with pytest.raises(ConfigError, match="vocabulary is 50: a tokenizer of another model"):
         Fit(settings(tmp_path / "model", text, tmp_path / "out"))
+    # every token exists, but most of the model's are never used
+    make_model(tmp_path / "large", vocab_size=200)
+    save_tokenizer(tmp_path / "large")
+    with pytest.raises(ConfigError, match="has 96 tokens, the model's vocabulary is 200: a tokenizer of another model"):
+        Fit(settings(tmp_path / "large", text, tmp_path / "out"))
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -335,6 +346,69 @@ def test_out_of_memory_says_what_to_lower(
     monkeypatch.setattr(Fit, "gradients", exhausted)
     with pytest.raises(OutOfMemoryError, match=r"lower --batch \(now 4.*or pass --checkpointing"):
         Fit(settings(model, text, tmp_path / "out", lm_weight=1.0), show=quiet).run()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+])  # fmt: skip
+def test_a_machine_without_memory_says_what_to_lower(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:  # fmt: skip
+    def exhausted(*args: Any, **options: Any) -> Any:
+        raise error
+
+    fit = Fit(settings(model, text, tmp_path / "out"), show=quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "gradients", exhausted)
+        with pytest.raises(OutOfMemoryError, match="lower --batch"):
+            fit.run()
+    with monkeypatch.context() as patch:
+        patch.setattr("lococo_calibration.report.window_nll", exhausted)
+        assert eval_main(["--model", str(model), "--text", str(text), "--contexts", "100", "--mem-size", "12",
+                          "--block-size", "8", "--cache-dir", str(tmp_path)]) == 1  # fmt: skip
+        assert "lower --batch (now 8)" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("lococo_calibration.fit.ReferenceModel", exhausted)
+        assert fit_main(["--model", str(model), "--text", str(text), "-o", str(tmp_path / "b"), "--device", "cpu",
+                         "--context", "64", "--mem-size", "12", "--block-size", "8", "--local-len", "3",
+                         "--cache-dir", str(tmp_path)]) == 1  # fmt: skip
+        assert "while the model was loaded" in capsys.readouterr().err
+
+
+def test_a_bar_has_loss_and_perplexity(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Fit(settings(model, text, tmp_path / "a", steps=3, eval_every=3), progress=True).run()
+    shown = capsys.readouterr().err
+    entry = [e for e in log(tmp_path / "a") if "loss" in e][-1]
+    before = log(tmp_path / "a")[0]["held_out"]["lococo"]
+    assert f"loss={entry['loss']:.5f}, perplexity={before:.3f}" in shown.split("3/3")[1]
+    assert "held-out perplexity" in shown
+    assert "min left" not in shown  # the lines that a bar replaces
+    Fit(settings(model, text, tmp_path / "b", steps=2, lm_weight=1.0), show=quiet, progress=True).run()
+    assert f"perplexity={log(tmp_path / 'b')[-1]['perplexity']:.3f}" in capsys.readouterr().err
+
+
+def test_heads_of_an_unfinished_run_to_begin_with(model: Path, text: Path, tmp_path: Path) -> None:
+    """What a run that diverged had learned goes on in another one, with other settings."""
+    pytest.importorskip("peft")
+    tuned = {"lora": 2, "lm_weight": 1.0, "tune": ("norms",), "tune_lr": 1e-2}
+    fit = Fit(settings(model, text, tmp_path / "a", **tuned), show=quiet)
+    for _ in range(3):
+        fit.train_step()
+    fit.save_state()
+    other = Fit(settings(model, text, tmp_path / "b", lr=1e-3, init_from=str(fit.folder), **tuned), show=quiet)
+    assert other.step == 0
+    for mine, theirs in zip(
+        [*other.heads.parameters(), *other.tuned.masters, *other.tuned.weights.values()],
+        [*fit.heads.parameters(), *fit.tuned.masters, *fit.tuned.weights.values()],
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+    for changes in ({**tuned, "kernel_size": 3}, {**tuned, "lora": 3}, {}):
+        with pytest.raises(ConfigError, match="cannot begin with it"):
+            Fit(settings(model, text, tmp_path / "c", init_from=str(fit.folder), **changes), show=quiet)
 
 
 def test_damaged_states_and_taken_targets(model: Path, text: Path, tmp_path: Path) -> None:
@@ -515,6 +589,11 @@ def test_two_processes_are_a_larger_batch(model: Path, text: Path, tmp_path: Pat
     assert "of 4 windows" in (tmp_path / "two" / "README.md").read_text()
 
 
+def test_a_cpu_has_no_cuda_graphs(model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="cuda_graphs: expected a CUDA GPU, but the run is on cpu"):
+        Fit(settings(model, text, tmp_path / "out", cuda_graphs=True))
+
+
 def test_two_gpus_beside_one(model: Path, text: Path, tmp_path: Path) -> None:
     """scripts/two_gpus.py, on two processes of the CPU."""
     pytest.importorskip("accelerate")
@@ -603,6 +682,8 @@ def test_yarn_reaches_further_than_the_windows_and_the_plain_model_teaches(
 def test_tuning_needs_a_loss_that_reaches_the_model(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="reconstruction has no gradient"):
         settings(model, text, tmp_path / "out", tune=("norms",))
+    assert settings(model, text, tmp_path / "out", tune=("norms,embeddings",), lm_weight=1.0).tune == (
+        "norms", "embeddings")  # fmt: skip
     with pytest.raises(ConfigError, match="expected some of norms, embeddings, got heads"):
         settings(model, text, tmp_path / "out", tune=("heads",), lm_weight=1.0)
 
@@ -709,6 +790,19 @@ def test_answers_are_scored_as_the_harness_scores_them() -> None:
     for answer in ("", " 12\n", "the Words are apple,\tPEAR\x07plum", "app\nle pear", "apple"):
         for outputs in (["apple", "pear", "plum"], ["app\nle"], ["12"], ["APPLE", "x"]):
             assert score(answer, outputs) == string_match_all(postprocess_pred([answer]), [outputs])
+
+
+def test_tasks_and_contexts_that_nothing_can_be_said_about(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(model), "--mem-size", "12", "--block-size", "8"]
+    assert eval_main([*arguments, "--tasks", "niah_single_1", "--task-limit", "0"]) == 1
+    assert "--task-limit: expected at least 1, got 0" in capsys.readouterr().err
+    assert eval_main([*arguments, "--mem-size", "900", "--passkey", "500"]) == 1
+    assert "no fusion ever happens (mem_size=900" in capsys.readouterr().err
+    pytest.importorskip("lm_eval")
+    assert eval_main([*arguments, "--tasks", "no_such_task"]) == 1
+    assert "error: tasks: Spec 'no_such_task' is not a registered task" in capsys.readouterr().err
 
 
 def test_prompts_are_kept_in_a_file(model: Path, tmp_path: Path) -> None:

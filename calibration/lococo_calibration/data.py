@@ -24,7 +24,7 @@ from lococo_runtime import CorruptError, InvalidArgumentError, NotFoundError, Un
 from lococo_runtime._exceptions import ConfigError
 from lococo_runtime.bundle import sha256_file, storage_error
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 MAX_LISTED = 10
 BATCH_CHARACTERS = 1 << 22  # documents handed to the tokenizer at once, so that it can use every core
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lococo" / "tokens"
@@ -150,6 +150,11 @@ def load_corpus(
             f"{path}: the text has token {index['max_token']}, but the model's vocabulary is {vocab_size}: a tokenizer"
             " of another model; put the model's own tokenizer.json beside its config.json"
         )
+    if 2 * index["vocabulary"] < vocab_size:
+        raise ConfigError(
+            f"{path}: has {index['vocabulary']} tokens, the model's vocabulary is {vocab_size}: a tokenizer of another"
+            " model; put the model's own tokenizer.json beside its config.json"
+        )
     if not index["names"]:
         raise InvalidArgumentError(f"text: expected documents, found none with text in {len(files)} file(s)")
     tokens = np.memmap(target / "tokens.bin", dtype=np.uint32, mode="r")
@@ -269,6 +274,7 @@ def _tokenise(files: list[Path], tokenizer_file: Path, target: Path, text_field:
             raise CorruptError(f"{len(bad)} undecodable file(s); --skip-undecodable leaves them out:\n  {listed}{more}")
         index = {
             "max_token": max_token,
+            "vocabulary": tokenizer.get_vocab_size(),
             "offsets": offsets,
             "names": names,
             "digests": digests,

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from lococo_runtime._exceptions import ConfigError, OutOfMemoryError, TargetExis
 from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import publish_directory, sha256_file, storage_error
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lococo_export.checkpoints import (
     HEADS_CONFIG_NAME,
@@ -37,13 +38,24 @@ from .data import Corpus, Window, batch_windows, load_corpus
 from .evaluate import choose_windows, window_nll
 from .heads import TrainableHead, TunedWeights, initial_heads
 from .losses import GraphedBatch, Losses, StepLosses
-from .settings import DTYPES, NOT_COMPARED, FitSettings, TrainingPlan, check_plans, choose_device, training_plan
+from .settings import (
+    DTYPES,
+    NOT_COMPARED,
+    FitSettings,
+    TrainingPlan,
+    check_plans,
+    choose_device,
+    out_of_memory,
+    training_plan,
+)
 from .workers import Workers
 
 STATE_NAME = "state.pt"
 LOG_NAME = "log.jsonl"
 RECORD_NAME = "lococo_fit.json"
 STATE_VERSION = 2
+SHAPES = ("mem_size", "hh_keep_rate", "kernel_size", "num_conv_layers", "conv_expand", "tune", "lora", "model")
+"""What a state to begin with has to share."""
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.txt", "*.jinja", "LICENSE*")
 
 
@@ -57,6 +69,7 @@ class Fit:
     Args:
         resume: go on from the state in OUTPUT.fit.
         force: replace OUTPUT, and a state that is not resumed.
+        progress: draw a bar on stderr instead of showing a line every few steps.
         show: receives lines for people.
 
     Attributes:
@@ -81,9 +94,11 @@ class Fit:
         *,
         resume: bool = False,
         force: bool = False,
+        progress: bool = False,
         show: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     ) -> None:
         self.settings, self.force, self.show = settings, force, show
+        self._shows_bar = progress
         self.output = Path(settings.output).absolute()
         self.folder = self.output.with_name(self.output.name + ".fit")
         self.workers = Workers(settings.device)
@@ -93,6 +108,8 @@ class Fit:
         cache = settings.cache
         check_plans(settings)
         device = choose_device(self.workers.device(settings.device))
+        if settings.cuda_graphs and device.type != "cuda":
+            raise UnsupportedError(f"cuda_graphs: expected a CUDA GPU, but the run is on {device}")
         name = settings.dtype if settings.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
         base = load_checkpoint(
             settings.model, policy="h2o", mem_size=cache.mem_size, block_size=cache.block_size, buffer=cache.buffer
@@ -135,6 +152,8 @@ class Fit:
         self.held_out: dict[str, float] = {}
         if resume:
             self._load_state()
+        elif settings.init_from and (Path(settings.init_from) / STATE_NAME).is_file():
+            self._begin_with(Path(settings.init_from) / STATE_NAME)
 
     def _check_targets(self, resume: bool) -> None:
         state = self.folder / STATE_NAME
@@ -147,7 +166,7 @@ class Fit:
 
     def _start(self) -> tuple[HeadWeights, ...]:
         s, cache = self.settings, self.settings.cache
-        if not s.init_from:
+        if not s.init_from or (Path(s.init_from) / STATE_NAME).is_file():
             return initial_heads(self._base.geometry, cache, seed=s.seed, std=s.init_std, normalizer=s.init_normalizer)
         start = load_checkpoint(s.init_from)
         free = {"block_size", "buffer", "local_len", "activation", "score_decay", "decay_per"}
@@ -214,7 +233,11 @@ class Fit:
         if bad or not torch.isfinite(table).all():
             which = f"layer(s) {', '.join(map(str, bad))}" if bad else "the next-token loss"
             kept = self.folder / STATE_NAME
-            good = f"the last good state is {kept}" if kept.exists() else "no state was saved yet"
+            good = (
+                f"the last good state is {kept}: begin anew with its heads by --init-from {self.folder}"
+                if kept.exists()
+                else "no state was saved yet"
+            )
             raise DivergedError(
                 f"step {self.step}: loss or gradient is not finite in {which}; {good}; lower --lr, or look at the text"
                 " of this step"
@@ -319,7 +342,9 @@ class Fit:
                 if self.workers.first:
                     self.publish()
                 self.workers.wait()
-        except torch.OutOfMemoryError as e:
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
             raise OutOfMemoryError(
                 f"out of memory on {self.model.device} at step {self.step}: lower --batch (now {s.batch}; raise"
                 f" --accumulate to make up for it), --context (now {s.context}), --bptt (now {s.bptt}) or"
@@ -348,17 +373,24 @@ class Fit:
             self._show_held_out()
         since = time.perf_counter()
         entries: list[dict[str, Any]] = []  # since the last progress line
+        shown = self._shows_bar and self.workers.first
+        bar = tqdm(total=s.steps, initial=self.step, desc="fitting", unit="step", disable=not shown)
         while self.step < s.steps:
             entries.append(self.train_step())
             self._log(entries[-1])
+            ppl = entries[-1].get("perplexity", self.held_out.get("lococo"))
+            bar.set_postfix({"loss": f"{entries[-1]['loss']:.5f}"} | ({"perplexity": f"{ppl:.3f}"} if ppl else {}))
+            bar.update()
             held_out = s.eval_every and (self.step % s.eval_every == 0 or self.step == s.steps)
             if held_out or self.step % s.log_every == 0 or self.step == s.steps:
-                self._show_progress(entries, time.perf_counter() - since)
+                if not shown:
+                    self._show_progress(entries, time.perf_counter() - since)
                 if held_out:
                     self._show_held_out()
                 entries, since = [], time.perf_counter()
             if self.workers.first and (self.step % s.save_every == 0 or self.step == s.steps):
                 self.save_state()
+        bar.close()
         if self._board is not None:
             self._board.close()
 
@@ -379,10 +411,12 @@ class Fit:
         found = self.evaluate()
         self._log({"step": self.step, "held_out": found})
         stepwise = f", token by token {found['lococo_step']:.3f}" if "lococo_step" in found else ""
-        self.show(
-            f"step {self.step}  held-out perplexity {found['lococo']:.3f}{stepwise} (full cache {found['full']:.3f}),"
-            f" tokens {self.settings.context // 2:,} to {self.settings.context:,}"
-        )
+        with tqdm.external_write_mode(file=sys.stderr):  # a bar makes way for the line
+            self.show(
+                f"step {self.step}  held-out perplexity {found['lococo']:.3f}{stepwise}"
+                f" (full cache {found['full']:.3f}),"
+                f" tokens {self.settings.context // 2:,} to {self.settings.context:,}"
+            )
 
     # --- files ------------------------------------------------------------------------------------------------------
 
@@ -456,10 +490,10 @@ class Fit:
             raise storage_error(e, path) from e
         return path
 
-    def _load_state(self) -> None:
-        path = self.folder / STATE_NAME
+    def _read_state(self, path: Path, compared: Collection[str], purpose: str) -> dict[str, Any]:
+        """A state whose settings are ours, as far as they are compared."""
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             version, stored = state["version"], json.loads(state["settings"])
         except Exception as e:  # whatever a damaged pickle raises
             raise CorruptError(f"{path}: not a state of lococo-fit: {e}; pass --force to start anew") from e
@@ -468,9 +502,19 @@ class Fit:
                 f"{path}: version: expected {STATE_VERSION}, got {version!r}; pass --force to start anew"
             )
         ours = self._compared()
-        wrong = [f"{k}: was {stored.get(k)!r}, now {ours[k]!r}" for k in ours if stored.get(k) != ours[k]]
+        wrong = [f"{k}: was {stored.get(k)!r}, now {ours[k]!r}" for k in compared if stored.get(k) != ours[k]]
         if wrong:
-            raise ConfigError(f"{path}: cannot resume with other settings: {'; '.join(wrong)}")
+            raise ConfigError(f"{path}: cannot {purpose}: {'; '.join(wrong)}")
+        return state
+
+    def _begin_with(self, path: Path) -> None:
+        """Takes over what another run has trained so far, and nothing else of it."""
+        state = self._read_state(path, SHAPES, "begin with it")
+        self.heads.load_state_dict(state["heads"])
+        self.tuned.load(state["tuned"])
+
+    def _load_state(self) -> None:
+        state = self._read_state(self.folder / STATE_NAME, self._compared(), "resume with other settings")
         self.heads.load_state_dict(state["heads"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.tuned.load(state["tuned"])

@@ -215,6 +215,8 @@ def _passkey(
             corpus, unseen = _corpus(args, checkpoint, show)
             chosen = choose_windows(corpus, context, args.windows, unseen)
             texts = [ids.tolist() for ids in corpus.read(chosen, context)]
+        for policy in policies:
+            check_contexts([context], policy, block)
         prompts = passkey_prompts(tokenizer, context, depths, args.passkey_trials, args.seed, texts)
         for policy in policies:
             correct = passkey_model(model, policy, prompts, block_size=block, batch=args.batch)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lococo_runtime import CorruptError
+from lococo_runtime import CorruptError, InvalidArgumentError
 from lococo_runtime._exceptions import ConfigError, UnsupportedError
 from lococo_runtime.bundle import storage_error
 from lococo_runtime.llm import load_tokenizer
@@ -60,6 +60,7 @@ def load_tasks(model: Path, names: Sequence[str], contexts: Sequence[int], seed:
 
     Raises:
         UnsupportedError: lm-eval is missing.
+        InvalidArgumentError: a task or context that it does not take.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -68,7 +69,10 @@ def load_tasks(model: Path, names: Sequence[str], contexts: Sequence[int], seed:
     random.seed(seed)
     np.random.seed(NUMPY_SEED)
     manager = TaskManager(metadata={"pretrained": str(model), "max_seq_lengths": list(contexts)})
-    loaded = manager.load(list(names))
+    try:
+        loaded = manager.load(list(names))
+    except (KeyError, ValueError) as e:  # an unknown task; a context that has no room for an example
+        raise InvalidArgumentError(f"tasks: {e.args[0]}") from e
     manager.load = lambda _: loaded  # as long as the examples are the same, so are the prompts of every policy
     return manager
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lococo_runtime import LococoError
 from lococo_runtime._exceptions import ConfigError, UnsupportedError
 from lococo_runtime.bundle import LococoConfig
 
@@ -76,7 +77,7 @@ class FitSettings:
     held_out: float = _option(0.1, "share of documents kept for evaluation")
     init_std: float = _option(0.3, "standard deviation of initial convolution weights")
     init_normalizer: float = _option(0.05, "initial normalizers: 0 copies, 1 mixes")
-    init_from: str = _option("", "checkpoint whose heads to begin with")
+    init_from: str = _option("", "checkpoint whose heads to begin with, or the folder OUTPUT.fit of a run")
 
     dtype: str = _option("auto", "of model and cache: fp32, bf16; auto is bf16 on a GPU, else fp32")
     device: str = _option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one")
@@ -117,7 +118,7 @@ class FitSettings:
                      "decode_blocks"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        for name in ("decode_share", "held_out"):
+        for name in ("decode_share", "held_out", "init_normalizer"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         if not self.reconstruction_weight and not self.through_model:
@@ -130,12 +131,18 @@ class FitSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        object.__setattr__(self, "tune", tuple(x for group in self.tune for x in group.split(",")))
         if set(self.tune) - set(TUNABLE):
             raise ConfigError(f"tune: expected some of {', '.join(TUNABLE)}, got {', '.join(self.tune)}")
         if (self.tune or self.lora) and not self.through_model:
             raise ConfigError(
                 "tune, lora: reconstruction has no gradient for weights of the model; expected --lm-weight or"
                 " --distill-weight above 0"
+            )
+        if self.checkpointing and not self.through_model:
+            raise ConfigError(
+                "checkpointing: reconstruction goes through one layer at a time, so there is nothing to compute again;"
+                " expected --lm-weight or --distill-weight above 0, or a lower --layers-at-once to need less memory"
             )
         if self.eval_every and not self.held_out:
             raise ConfigError("held_out: expected more than 0 for held-out perplexities; or pass --eval-every 0")
@@ -168,6 +175,13 @@ NOT_COMPARED = (
     "save_every", "heads_dtype", "layers_at_once", "cuda_graphs", "tensorboard",
 )  # fmt: skip
 """Settings that a resumed run may change; what lies behind the paths is compared by its contents."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is what a device or the machine says when no memory is left."""
+    if isinstance(error, LococoError):  # says what to do already
+        return False
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def choose_device(name: str) -> torch.device:
