@@ -325,32 +325,26 @@ class Bench:
         return plain, fusion
 
     def _windows(self, n: int, state: bytes | None, repetitions: int) -> Row:
-        """Greedy milliseconds a token over whole windows, from the first fusion at or after the depth; microseconds of
-        a window in which the device does not work on it.
+        """Greedy milliseconds a token over whole windows, from the first fusion at or after the depth; microseconds
+        that the device waits for the host before a window.
         """
+        windows = -(-n // self._window)
         self._restore(state)
         while self.session.live_slots != self.manifest.cache.mem_size:
             self._step(0)
         fused = self.session.state()
-
-        def read(windows: int) -> tuple[float, float, bool]:
-            """Milliseconds a token, microseconds that the device does not work, whether these were windows."""
-            forwards = windows * self._window
+        values, waits = [], []
+        for _ in range(repetitions + 1):
             self.session.set_state(fused)  # it counts from 0 again
-            took = self._clock.ns(lambda: self._greedy(forwards + 1))
-            ran, seconds = self.session.windows
-            return took / 1e6 / forwards, took / 1e3 - 1e6 * seconds, ran == windows
-
-        values = [read(-(-n // self._window)) for _ in range(repetitions + 1)][1:]
-        host_us = None
-        if all(whole for _, _, whole in values):  # not on a CPU
-            window_s = values[0][0] * self._window / 1e3
-            times = max(8, min(64, int(1 / window_s)))
-            # what a call takes beside its windows is the same for 1 and 2; medians, as hiccups of a host add up
-            idle = [[read(count)[1] for count in (1, 2)] for _ in range(times)]
-            one, two = (statistics.median(column) for column in zip(*idle, strict=True))
-            host_us = two - one
-        return {"window_ms_per_token": summary_ms([ms for ms, _, _ in values]), "window_host_us": host_us}
+            took = self._clock.ns(lambda: self._greedy(windows * self._window + 1))
+            values.append(took / 1e6 / (windows * self._window))
+            ran, idle_seconds = self.session.windows
+            if ran > 1:  # 0 on a CPU
+                waits.append(1e6 * idle_seconds / (ran - 1))
+        return {
+            "window_ms_per_token": summary_ms(values[1:]),
+            "window_host_us": statistics.median(waits[1:]) if waits else None,
+        }
 
     # --- depth -------------------------------------------------------------------------------------------------------
 

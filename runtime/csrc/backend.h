@@ -36,7 +36,7 @@ class Executor {
   // on, each chosen and then read, the last one followed by a fusion. 0: not offered.
   [[nodiscard]] virtual int32_t window() const { return 0; }
   // ids: (window()). The state is the old one until end_window, which keeps the new one or forgets it. Returns the
-  // seconds that the device worked on it, and on keeping the one before.
+  // seconds that the device waited since the window before, if that was kept and nothing came between.
   virtual double run_window(int64_t /*position*/, int32_t* /*ids*/) { return 0.0; }
   virtual void end_window(bool /*keep*/) {}
 

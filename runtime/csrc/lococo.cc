@@ -356,10 +356,10 @@ lococo_status lococo_session_live_slots(lococo_session* session, int32_t* live_s
   });
 }
 
-lococo_status lococo_session_windows(lococo_session* session, int64_t* windows, double* device_seconds) {
+lococo_status lococo_session_windows(lococo_session* session, int64_t* windows, double* idle_seconds) {
   return with_session(session, Dead::kRefused, [&](lococo::Session& s) {
     if (windows != nullptr) *windows = s.windows();
-    if (device_seconds != nullptr) *device_seconds = s.window_seconds();
+    if (idle_seconds != nullptr) *idle_seconds = s.idle_seconds();
   });
 }
 

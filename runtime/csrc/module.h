@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Raised whenever anything below changes; both sides compare it before anything else. */
-#define LOCOCO_MODULE_ABI 2
+#define LOCOCO_MODULE_ABI 3
 #define LOCOCO_MODULE_ENTRY "lococo_backend_module"
 
 typedef struct lococo_module_backend lococo_module_backend;   /* engines and weights of one bundle on one device */
@@ -140,8 +140,9 @@ typedef struct lococo_module {
   lococo_status (*finish)(lococo_module_executor* executor, lococo_module_error* error);
   /* Greedy decoding of C - M + 1 tokens from M live slots on, fusion included. ids: (C - M + 1), each chosen before it
    * was read. Until end_window the state is as it was; keep: 1 makes the new one the state, 0 forgets it.
-   * device_seconds: what the device worked on this window, and on keeping the one before. */
-  lococo_status (*run_window)(lococo_module_executor* executor, int64_t position, int32_t* ids, double* device_seconds,
+   * May return before the device is done. idle_seconds: what the device waited since the window before, if that was
+   * kept and nothing came between; else 0. */
+  lococo_status (*run_window)(lococo_module_executor* executor, int64_t position, int32_t* ids, double* idle_seconds,
                               lococo_module_error* error);
   lococo_status (*end_window)(lococo_module_executor* executor, int32_t keep, lococo_module_error* error);
   /* (vocab_size), in host memory, valid until the next call. */

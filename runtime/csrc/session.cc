@@ -157,7 +157,7 @@ template <typename F>
 bool Session::read_window(F&& accept) {
   dead = true;
   ++windows_;
-  window_seconds_ += executor_->run_window(position_, window_.data());
+  idle_seconds_ += executor_->run_window(position_, window_.data());
   size_t accepted = 0;
   while (accepted < window_.size() && accept(window_[accepted])) ++accepted;
   const bool whole = accepted == window_.size();

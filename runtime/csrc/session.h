@@ -46,7 +46,7 @@ class Session {
   [[nodiscard]] int32_t live_slots() const { return length_; }
   [[nodiscard]] int64_t steps() const { return steps_; }
   [[nodiscard]] int64_t windows() const { return windows_; }
-  [[nodiscard]] double window_seconds() const { return window_seconds_; }
+  [[nodiscard]] double idle_seconds() const { return idle_seconds_; }
   [[nodiscard]] int64_t blocks() const { return blocks_; }
   [[nodiscard]] int64_t fusions() const { return fusions_; }
 
@@ -87,7 +87,7 @@ class Session {
   void adopt(const uint8_t* payload);
   void clear_counters() {
     steps_ = blocks_ = fusions_ = windows_ = 0;
-    window_seconds_ = 0.0;
+    idle_seconds_ = 0.0;
   }
 
   std::shared_ptr<Model> model_;
@@ -104,7 +104,7 @@ class Session {
   int32_t length_ = 0;           // L: live slots
   int64_t steps_ = 0;
   int64_t windows_ = 0;
-  double window_seconds_ = 0.0;  // of the device
+  double idle_seconds_ = 0.0;  // of the device, between windows
   int64_t blocks_ = 0;
   int64_t fusions_ = 0;
 };

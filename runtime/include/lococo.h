@@ -248,9 +248,9 @@ LOCOCO_API lococo_status lococo_session_position(lococo_session* session, int64_
 /* Slots in use now, at most capacity. */
 LOCOCO_API lococo_status lococo_session_live_slots(lococo_session* session, int32_t* live_slots);
 /* Greedy decoding from one fusion to the next that the device ran in one go, since create, reset or load: how often,
- * and the seconds that it worked on them by its own clock; the host took the rest of the time. 0 on a CPU. Either
- * pointer may be NULL. */
-LOCOCO_API lococo_status lococo_session_windows(lococo_session* session, int64_t* windows, double* device_seconds);
+ * and the seconds, by its own clock, that it waited for the host between windows that followed each other. 0 on a CPU.
+ * Either pointer may be NULL. */
+LOCOCO_API lococo_status lococo_session_windows(lococo_session* session, int64_t* windows, double* idle_seconds);
 /* Forwards of one token and of more, and fusions, since create, reset or load. Any pointer may be NULL. */
 LOCOCO_API lococo_status lococo_session_counters(lococo_session* session, int64_t* steps, int64_t* blocks,
                                                  int64_t* fusions);

@@ -361,7 +361,8 @@ class Session(_Handle):
     @property
     def windows(self) -> tuple[int, float]:
         """Greedy decoding from one fusion to the next that the device ran in one go, since the session was made, reset
-        or loaded: how often, and the seconds that it worked on them by its own clock. (0, 0.0) on a CPU.
+        or loaded: how often, and the seconds, by its own clock, that it waited for the host between windows that
+        followed each other. (0, 0.0) on a CPU.
         """
         count, seconds = ctypes.c_int64(), ctypes.c_double()
         c.call("lococo_session_windows", self._open(), ctypes.byref(count), ctypes.byref(seconds))

@@ -96,8 +96,8 @@ const lococo_module kModule = {
     [](Executor* e, lococo_module_error* error) {
       return e->fails_late ? refuse(error, LOCOCO_ERROR_BACKEND, "CUDA: the graphs failed") : LOCOCO_OK;
     },
-    [](Executor* e, int64_t, int32_t* ids, double* device_seconds, lococo_module_error*) {
-      *device_seconds = 0.5;
+    [](Executor* e, int64_t, int32_t* ids, double* idle_seconds, lococo_module_error*) {
+      *idle_seconds = 0.5;
       e->saved_logits = e->logits;
       e->new_sum = e->sum;
       for (int32_t i = 0; i < e->backend->bundle.capacity - e->backend->bundle.mem_size + 1; ++i) {

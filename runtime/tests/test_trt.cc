@@ -336,10 +336,10 @@ void windows(const Bundle& b) {
           CHECK_EQ(lococo_session_counters(c, &counts[1][0], &counts[1][1], &counts[1][2]), LOCOCO_OK);
           CHECK(std::equal(counts[0], counts[0] + 3, counts[1]));
           int64_t in_one_go = -1;
-          double seconds = -1.0;
-          CHECK_EQ(lococo_session_windows(a, &in_one_go, &seconds), LOCOCO_OK);
+          double idle = -1.0;
+          CHECK_EQ(lococo_session_windows(a, &in_one_go, &idle), LOCOCO_OK);
           CHECK(in_one_go <= counts[0][2] + 1);  // every one but the last ended in a fusion
-          CHECK(seconds == 0.5 * static_cast<double>(in_one_go));
+          CHECK(idle == 0.5 * static_cast<double>(in_one_go));
           CHECK_EQ(lococo_session_windows(c, &in_one_go, nullptr), LOCOCO_OK);
           CHECK_EQ(in_one_go, 0);
           longest = std::max(longest, static_cast<int32_t>(got.ids.size()));

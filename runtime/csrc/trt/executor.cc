@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <thread>
 
 #include "error.h"
 
@@ -12,6 +14,7 @@ namespace {
 
 // Keys of the captured graphs.
 constexpr int32_t kWindowKey = -1;
+constexpr int32_t kNoToken = std::numeric_limits<int32_t>::min();  // not chosen yet
 int32_t forward_key(int32_t width, bool fuses) { return 2 * width + (fuses ? 1 : 0); }
 
 std::string name_of(int32_t key) {
@@ -25,7 +28,7 @@ bool graphs_wanted() {
 }
 
 uint64_t pinned_bytes(const lococo_module_bundle& b, int32_t window) {
-  return 2 * b.layout.inputs_bytes + b.layout.logits_bytes + static_cast<uint64_t>(window) * sizeof(int32_t);
+  return 3 * b.layout.inputs_bytes + b.layout.logits_bytes + static_cast<uint64_t>(window) * sizeof(int32_t);
 }
 
 }  // namespace
@@ -103,7 +106,7 @@ Executor::Executor(Backend& backend)
   window_inputs_ = image();
   logits_ = allocate_pinned(l_.logits_bytes);
   ring_ = allocate_pinned(static_cast<uint64_t>(backend.window()) * sizeof(int32_t));
-  window_ = {create_event(true), create_event(true)};
+  for (Span& span : windows_) span = {create_event(true), create_event(true)};
 
   // The state file is tight, the device's tensors are aligned: neighbours without a gap become one run.
   uint64_t file = 0;
@@ -288,45 +291,65 @@ void Executor::finish() { check(cudaStreamSynchronize(stream_.get()), "run the g
 
 // A window starts at M live slots, appends behind them, and its fusion writes elsewhere. So the state stays as it is
 // until the next window, which begins by keeping what the fusion wrote; only logits and accumulated scores have to be
-// saved to go back. Between two windows the host has one graph to launch, and nothing else.
+// saved to go back. The tokens are fetched before the last of them is read and the slots are fused: in that time the
+// host looks at them and launches the next window, for which the device then need not wait.
 double Executor::run_window(int64_t position, int32_t* ids) {
   const int32_t window = backend_.window();
+  const bool follows = keeps_;
   if (!keeps_) copy(l_.fused, l_.cache, l_.cache_bytes);
   keeps_ = false;
   write_inputs(window_inputs_, nullptr, 1, position, b_.mem_size);
+  auto* ring = static_cast<int32_t*>(ring_.get());
+  std::fill_n(ring, window, kNoToken);
+  const Span& before = windows_[window_];
+  window_ = 1 - window_;
+  const Span& span = windows_[window_];
+  check(cudaEventRecord(span.begin.get(), stream_.get()), "record an event");
   launch(kWindowKey, [&] {
-    record(window_.begin);
     send(window_inputs_);
     copy(l_.cache, l_.fused, l_.cache_bytes);
     copy(l_.saved_logits, l_.logits, l_.logits_bytes);
     if (l_.scores_bytes > 0) copy(l_.saved_scores, l_.past_scores, l_.scores_bytes);
     for (int32_t i = 0; i < window; ++i) {
       choose();
+      if (i + 1 == window) {
+        check(cudaMemcpyAsync(ring_.get(), at(l_.ring), static_cast<size_t>(window) * sizeof(int32_t),
+                              cudaMemcpyDeviceToHost, stream_.get()),
+              "fetch the tokens");
+      }
       enqueue(LOCOCO_MODULE_DECODER, 1);
       if (i + 1 < window) append(1);
     }
     enqueue(LOCOCO_MODULE_FUSION, 1);
-    check(cudaMemcpyAsync(ring_.get(), at(l_.ring), static_cast<size_t>(window) * sizeof(int32_t),
-                          cudaMemcpyDeviceToHost, stream_.get()),
-          "fetch the tokens");
-    record(window_.end);
   });
-  finish();
-  std::memcpy(ids, ring_.get(), static_cast<size_t>(window) * sizeof(int32_t));
+  check(cudaEventRecord(span.end.get(), stream_.get()), "record an event");
+  await_tokens();
+  std::memcpy(ids, ring, static_cast<size_t>(window) * sizeof(int32_t));
   if (std::find(ids, ids + window, -1) != ids + window) {
     fail(LOCOCO_ERROR_BACKEND,
          "logits: expected finite numbers, got NaN or infinity within %d tokens of position %lld; the weights are"
          " damaged or overflow this dtype, export with a wider one",
          window, static_cast<long long>(position));
   }
-  return seconds_between(window_.begin, window_.end);
+  return follows ? seconds_between(before.end, span.begin) : 0.0;
 }
 
-// On the device's clock: within a graph, when the device gets there.
-void Executor::record(const Event& event) {
-  check(cudaEventRecordWithFlags(event.get(), stream_.get(),
-                                 use_graphs_ ? cudaEventRecordExternal : cudaEventRecordDefault),
-        "record an event");
+// An event within a graph would say when they are there, but what waits for it and when is not specified well enough.
+void Executor::await_tokens() {
+  const auto* ring = static_cast<const int32_t*>(ring_.get());
+  const auto arrived = [&] {
+    return std::none_of(ring, ring + backend_.window(),
+                        [](const int32_t& id) { return __atomic_load_n(&id, __ATOMIC_ACQUIRE) == kNoToken; });
+  };
+  for (uint32_t polls = 1; !arrived(); ++polls) {
+    if (polls % 64 == 0) {
+      const cudaError_t status = cudaStreamQuery(stream_.get());
+      if (status == cudaSuccess) return;  // everything has, then
+      if (status != cudaErrorNotReady) check(status, "run the graphs");
+      (void)cudaGetLastError();  // that it is not ready is no error
+    }
+    std::this_thread::yield();
+  }
 }
 
 void Executor::end_window(bool keep) {

@@ -102,7 +102,7 @@ class Executor {
   void send_inputs(const int32_t* ids, int32_t n, int64_t position, int32_t length);
   void write_inputs(const PinnedMemory& memory, const int32_t* ids, int32_t n, int64_t position, int32_t length) const;
   void send(const PinnedMemory& inputs);
-  void record(const Event& event);
+  void await_tokens();
   void settle();
   void enqueue(lococo_module_kind kind, int32_t tokens);
   void append(int32_t width);
@@ -124,10 +124,11 @@ class Executor {
   DeviceMemory workspace_;
   std::array<Slot, 2> slots_;  // the host fills one while the device may still read the other
   size_t slot_ = 0;
-  PinnedMemory logits_;         // (vocab_size)
-  PinnedMemory ring_;           // (window)
-  PinnedMemory window_inputs_;  // an image of the inputs
-  Span window_;
+  PinnedMemory logits_;          // (vocab_size)
+  PinnedMemory ring_;            // (window)
+  PinnedMemory window_inputs_;   // an image of the inputs
+  std::array<Span, 2> windows_;  // the last one and the one before
+  size_t window_ = 0;
   bool keeps_ = false;  // the state is what the last window's fusion wrote
   std::vector<Run> state_;
   std::map<GraphKey, Context> contexts_;

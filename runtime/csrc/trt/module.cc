@@ -111,9 +111,9 @@ const lococo_module kModule = {
       return with_executor(executor, error, [](Executor& e) { e.finish(); });
     },
     /*run_window=*/
-    [](lococo_module_executor* executor, int64_t position, int32_t* ids, double* device_seconds,
+    [](lococo_module_executor* executor, int64_t position, int32_t* ids, double* idle_seconds,
        lococo_module_error* error) {
-      return with_executor(executor, error, [&](Executor& e) { *device_seconds = e.run_window(position, ids); });
+      return with_executor(executor, error, [&](Executor& e) { *idle_seconds = e.run_window(position, ids); });
     },
     /*end_window=*/
     [](lococo_module_executor* executor, int32_t keep, lococo_module_error* error) {

@@ -192,9 +192,9 @@ class TrtExecutor final : public Executor {
 
   [[nodiscard]] int32_t window() const override { return window_; }
   double run_window(int64_t position, int32_t* ids) override {
-    double device_seconds = 0.0;
-    call(module_.run_window, handle_, position, ids, &device_seconds);
-    return device_seconds;
+    double idle_seconds = 0.0;
+    call(module_.run_window, handle_, position, ids, &idle_seconds);
+    return idle_seconds;
   }
   void end_window(bool keep) override { call(module_.end_window, handle_, keep ? 1 : 0); }
 
