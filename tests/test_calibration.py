@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -293,6 +294,80 @@ def test_streaming_turns_sinks_from_where_they_were_read(base: Checkpoint, windo
         slots = Slots(grown[0], grown[1], grown[2], slots.sinks)
     lengths = [x[:, :, :4].float().norm(dim=-1) for x in (slots.key, key)]
     torch.testing.assert_close(lengths[0], lengths[1], atol=0.02, rtol=0.01)
+
+
+class OneLayer:
+    """A model of one layer in NumPy: what H2O and StreamingLLM do, written out with sets of token numbers."""
+
+    def __init__(self, path: Path) -> None:
+        make_model(path, num_hidden_layers=1)
+        self.model = ReferenceModel(load_checkpoint(path, policy="h2o", mem_size=12, block_size=8, buffer=4))
+        g = self.model.geometry
+        self.group, self.num_kv, self.d = g.num_heads // g.num_kv_heads, g.num_kv_heads, g.head_dim
+
+    def turned(self, x: np.ndarray, position: int) -> np.ndarray:
+        angle = position * 10000.0 ** (-np.arange(0, self.d, 2) / self.d)
+        a, b = x[: self.d // 2], x[self.d // 2 :]
+        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
+
+    def nll(self, ids: torch.Tensor, keep: Any, within_cache: bool, forwards: list[int], capacity: int) -> np.ndarray:
+        """Of ids (T,); `keep` chooses from token numbers and their scores once there are more than `capacity`."""
+        layer, tokens = self.model.model.layers[0], len(ids)
+        attention: Any = layer.self_attn
+        with torch.no_grad():
+            x = self.model.model.embed_tokens(ids[None])
+            h = layer.input_layernorm(x)
+            q, k, v = (f(h)[0].view(tokens, -1, self.d).double().numpy()
+                       for f in (attention.q_proj, attention.k_proj, attention.v_proj))  # fmt: skip
+        mixed = np.zeros_like(q)
+        for head in range(self.num_kv):
+            kept: list[int] = []
+            score = np.zeros(tokens)
+            start = 0
+            for n in forwards:
+                for i in range(start, start + n):
+                    seen = kept + list(range(start, i + 1))
+                    places = range(len(seen)) if within_cache else seen
+                    keys = np.stack([self.turned(k[j, head], c) for j, c in zip(seen, places, strict=True)])
+                    for query_head in range(head * self.group, (head + 1) * self.group):
+                        z = keys @ self.turned(q[i, query_head], places[-1]) / np.sqrt(self.d)
+                        weights = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+                        mixed[i, query_head] = weights @ v[seen, head]
+                        score[seen] += weights
+                kept += range(start, start + n)
+                kept = keep(kept, score) if len(kept) > capacity else kept
+                start += n
+        with torch.no_grad():
+            x = x + attention.o_proj(torch.from_numpy(mixed).float().view(1, tokens, -1))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            logits = self.model.lm_head(self.model.model.norm(x))[0]
+        return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none").numpy()
+
+
+@pytest.mark.parametrize(("mem_size", "buffer", "step_from"), [(12, 4, None), (13, 0, 16), (12, 4, 8)])
+def test_baselines_are_what_their_papers_say(
+    tmp_path: Path, windows: np.ndarray, mem_size: int, buffer: int, step_from: int | None
+) -> None:
+    """H2O: half of what stays has the highest sums of attention, the rest is recent (arXiv 2306.14048, section 4).
+    StreamingLLM: four sinks and what is recent, numbered by their place in the cache (arXiv 2309.17453, section 3.2).
+    """
+    one = OneLayer(tmp_path)
+    recent = mem_size // 2
+
+    def heavy_and_recent(tokens: list[int], score: np.ndarray) -> list[int]:
+        old = tokens[:-recent]
+        return sorted(sorted(old, key=lambda j: -score[j])[: mem_size - recent]) + tokens[-recent:]
+
+    def sinks_and_recent(tokens: list[int], score: np.ndarray) -> list[int]:
+        return tokens[:4] + tokens[4 - mem_size :]
+
+    forwards = [8] * 8 + [6] if step_from is None else [8] * (step_from // 8) + [1] * (CONTEXT - step_from)
+    ids = torch.from_numpy(windows[0])
+    for policy, keep in ((Fusion(LococoConfig.h2o(mem_size, 8, buffer)), heavy_and_recent),
+                         (Streaming(one.model, mem_size, buffer), sinks_and_recent)):  # fmt: skip
+        found = window_nll(one.model, policy, windows[:1], block_size=8, step_from=step_from)[0]
+        expected = one.nll(ids, keep, policy.name == "streaming", forwards, mem_size + buffer)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("policy", [Fusion(CACHES["h2o"]), Fusion(LococoConfig.h2o(12, 64))])

@@ -19,10 +19,18 @@ import numpy as np
 import pytest
 import torch
 from lococo_calibration import DivergedError, Fit, FitSettings, load_corpus
-from lococo_calibration.blocks import FullCache, Fusion
+from lococo_calibration.blocks import FullCache, Fusion, read_uncompressed
 from lococo_calibration.cli import eval_main, fit_main
 from lococo_calibration.data import batch_windows
-from lococo_calibration.evaluate import PasskeyPrompt, passkey_model, passkey_prompts, passkey_session, read_forwards
+from lococo_calibration.evaluate import (
+    PasskeyPrompt,
+    passkey_model,
+    passkey_prompts,
+    passkey_session,
+    read_forwards,
+    session_nll,
+    window_nll,
+)
 from lococo_calibration.ruler import (
     RULER_TASKS,
     RulerPrompt,
@@ -45,7 +53,7 @@ from lococo_runtime.llm import load_tokenizer
 from safetensors.torch import load_file
 from tiny_models import make_model
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lococo_export import export_bundle, load_checkpoint
@@ -316,6 +324,39 @@ def test_nan_stops_the_run_and_names_step_and_layer(
     resumed = Fit(settings(model, text, tmp_path / "out"), resume=True, show=quiet)
     assert resumed.step == 4
     resumed.run()
+
+
+@pytest.mark.parametrize("loss", ["lm_weight", "distill_weight"])
+def test_nan_names_the_layer_where_it_began(model: Path, text: Path, tmp_path: Path, loss: str) -> None:
+    """Gradients carry it to every layer."""
+    s = settings(model, text, tmp_path / "out", reconstruction_weight=0.0, accumulate=2, **{loss: 1.0})
+    fit = Fit(s, show=quiet)
+    fit.train_step()
+    with torch.no_grad():
+        fit.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    before = [p.clone() for p in fit.heads.parameters()]
+    with pytest.raises(DivergedError, match=r"step 1: loss or gradient is not finite in layer\(s\) 1, where it began"):
+        fit.train_step()
+    assert all(torch.equal(a, b) for a, b in zip(before, fit.heads.parameters(), strict=True))
+    assert not fit.model.model.layers[1].mlp._forward_hooks
+
+
+def test_gradients_of_the_model_have_to_be_finite(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = settings(model, text, tmp_path / "out", reconstruction_weight=0.0, lm_weight=1.0, tune=("norms",))
+    fit = Fit(s, show=quiet)
+    original = Fit.gradients
+
+    def poisoned(self: Fit, step: int) -> Any:
+        found = original(self, step)
+        self.tuned.masters[0].grad.fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(Fit, "gradients", poisoned)
+    with pytest.raises(DivergedError, match="step 0: loss or gradient is not finite in weights of the model"):
+        fit.train_step()
+    assert all(torch.isfinite(m).all() for m in fit.tuned.masters)
 
 
 def test_a_full_disk_keeps_the_last_state(
@@ -657,6 +698,21 @@ def test_lora_reaches_further_with_scaled_positions(model: Path, text: Path, tmp
     assert config["max_position_embeddings"] == 2 * limit
     rope = load_checkpoint(tmp_path / "out").geometry.rope
     assert (rope["type"], rope["factor"]) == ("linear", 2.0)
+    # transformers reads the same model from it, with the merged weights: without a fusion, logits are its own
+    ids = fit.ids(fit.windows[:1])
+    saved = ReferenceModel(load_checkpoint(tmp_path / "out"))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")(ids).logits
+        torch.testing.assert_close(saved.lm_head(read_uncompressed(saved, ids)), expected, atol=1e-4, rtol=1e-4)
+        trained = fit.model.lm_head(read_uncompressed(fit.model, ids))
+    torch.testing.assert_close(trained, expected, atol=1e-4, rtol=1e-4)
+    # and the runtime reads beyond the trained positions as PyTorch does, through all fusions
+    nll = window_nll(saved, Fusion(saved.cache, saved.heads), ids.numpy(), block_size=8)
+    export_bundle(load_checkpoint(tmp_path / "out"), tmp_path / "bundle")
+    with Session(tmp_path / "bundle") as session:
+        found = session_nll(session, ids.numpy())
+    np.testing.assert_allclose(found, nll, atol=1e-3)
+    assert float(np.exp(found.mean())) == pytest.approx(float(np.exp(nll.mean())), rel=1e-4)
 
 
 def test_yarn_reaches_further_than_the_windows_and_the_plain_model_teaches(

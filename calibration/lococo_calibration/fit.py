@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from lococo_runtime._exceptions import ConfigError, OutOfMemoryError, TargetExis
 from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import publish_directory, sha256_file, storage_error
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from lococo_export.checkpoints import (
@@ -30,7 +31,7 @@ from lococo_export.checkpoints import (
     load_checkpoint,
     save_heads,
 )
-from lococo_export.reference import ReferenceModel
+from lococo_export.reference import DecoderLayer, ReferenceModel
 
 from .blocks import FullCache, Policy
 from .card import CARD_NAME, model_card
@@ -184,6 +185,13 @@ class Fit:
         """Tokens (B, context) on the device."""
         return torch.from_numpy(self._corpus.read(windows, self.settings.context)).to(self.model.device)
 
+    def _batches(self, step: int) -> Iterator[Tensor]:
+        """What this process reads in a step, `accumulate` times (B, context)."""
+        s = self.settings
+        for i in range(s.accumulate):
+            index = (step * s.accumulate + i) * self.workers.count + self.workers.rank
+            yield self.ids(batch_windows(self.windows, s.batch, index, s.seed))
+
     def gradients(self, step: int) -> tuple[StepLosses, TrainingPlan]:
         """The losses of a step, their gradients in the heads."""
         s = self.settings
@@ -195,9 +203,7 @@ class Fit:
         self._optimizer.zero_grad(set_to_none=not s.cuda_graphs)  # a graph writes where gradients were
         self.tuned.zero_grad()
         losses = self.losses.new()
-        for i in range(s.accumulate):
-            index = (step * s.accumulate + i) * self.workers.count + self.workers.rank
-            ids = self.ids(batch_windows(self.windows, s.batch, index, s.seed))
+        for ids in self._batches(step):
             if plan.regime in self._graphs:
                 self._graphs[plan.regime].backward(ids, losses)
             else:
@@ -227,11 +233,14 @@ class Fit:
             [torch.stack([p.grad.norm() for p in h.parameters() if p.grad is not None]).norm() for h in self.heads]
         )  # (layers,)
         # one wait for the device a step
-        table = torch.cat([losses.layers, norms, losses.lm[None], losses.distill[None]]).cpu()
+        tuned = self.tuned.gradient_norm()
+        table = torch.cat([losses.layers, norms, torch.stack([tuned, losses.lm, losses.distill])]).cpu()
         layers, norms_cpu = table[: len(norms)], table[len(norms) : 2 * len(norms)]
-        bad = [i for i in range(len(norms)) if not torch.isfinite(layers[i] + norms_cpu[i])]
-        if bad or not torch.isfinite(table).all():
-            which = f"layer(s) {', '.join(map(str, bad))}" if bad else "the next-token loss"
+        if not torch.isfinite(table).all():
+            bad = [i for i in range(len(norms)) if not torch.isfinite(layers[i] + norms_cpu[i])]
+            which = f"layer(s) {', '.join(map(str, bad))}" if bad else "weights of the model"
+            if s.through_model and (first := self._first_bad_layer(plan)) is not None:
+                which = f"layer(s) {first}, where it began"
             kept = self.folder / STATE_NAME
             good = (
                 f"the last good state is {kept}: begin anew with its heads by --init-from {self.folder}"
@@ -266,6 +275,27 @@ class Fit:
             entry |= {"lm": lm, "perplexity": math.exp(min(lm, 700.0)), "distill": distill}
             total += s.lm_weight * lm + s.distill_weight * distill
         return {**entry, "loss": total, "tokens": s.batch * s.accumulate * self.workers.count * plan.tokens}
+
+    def _first_bad_layer(self, plan: TrainingPlan) -> int | None:
+        """The layer that is the first to compute something that is not finite; gradients carry it to all of them."""
+        found: list[int] = []
+
+        def watch(i: int, module: nn.Module) -> RemovableHandle:
+            def look(_module: Any, _inputs: Any, output: Tensor) -> None:
+                if not torch.isfinite(output).all():
+                    found.append(i)
+
+            return module.register_forward_hook(look)
+
+        blocks = [cast(DecoderLayer, block) for block in self.model.model.layers]
+        handles = [watch(i, m) for i, block in enumerate(blocks) for m in (block.self_attn.o_proj, block.mlp)]
+        try:
+            for ids in self._batches(self.step):
+                self.losses.backward(ids, plan, 1.0, self.losses.new())
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if found else None
 
     def evaluate(self) -> dict[str, float]:
         """Held-out perplexities of the second half of windows: "full" (computed once), "lococo" reading blocks, and

@@ -117,6 +117,11 @@ class TunedWeights:
         for p, master in zip(self.weights.values(), self.masters, strict=True):
             master.grad = None if p.grad is None else p.grad.float()
 
+    def gradient_norm(self) -> Tensor:
+        """() of all masters together."""
+        norms = [m.grad.norm() for m in self.masters if m.grad is not None]
+        return torch.stack(norms).norm() if norms else torch.zeros((), device=self.model.device)
+
     @torch.no_grad()
     def scatter(self) -> None:
         """The masters' values to the model."""
