@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,9 +125,10 @@ def test_documents_of_every_kind(model: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / "state.json").write_text("{}")
-    table = pa.table({"text": ["arrow"]})
-    with pa.OSFile(str(saved / "data-0.arrow"), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
-        writer.write_table(table)
+    for name in ("data-0.arrow", "cache-0123.arrow"):  # the other is left by a map over the dataset
+        table = pa.table({"text": ["arrow" if name[0] == "d" else "changed"]})
+        with pa.OSFile(str(saved / name), "wb") as f, pa.ipc.new_stream(f, table.schema) as writer:
+            writer.write_table(table)
     sources = [tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.parquet", saved]
     corpus = load_corpus(sources, model, 96, cache_dir=tmp_path / "cache")
     texts = [
@@ -148,6 +150,32 @@ def test_tokens_are_cached_by_contents(model: Path, tmp_path: Path, monkeypatch:
     file.write_text("one two three")
     assert len(load_corpus([file], model, 96, cache_dir=cache).tokens) == 13
     assert len(list(cache.iterdir())) == 2
+    (tmp_path / "b.txt").write_text('{"text": "one"}')
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}')
+    lengths = [
+        len(load_corpus([tmp_path / f"b{kind}"], model, 96, cache_dir=cache).tokens) for kind in (".txt", ".jsonl")
+    ]
+    assert lengths == [15, 3]
+
+
+def test_damaged_caches_are_refused(model: Path, tmp_path: Path) -> None:
+    file, cache = tmp_path / "a.txt", tmp_path / "cache"
+    file.write_text("one two")
+    load_corpus([file], model, 96, cache_dir=cache)
+    (folder,) = cache.iterdir()
+    (folder / "tokens.bin").write_bytes(b"1234")
+    with pytest.raises(CorruptError, match="expected 28 bytes, got 4; delete this folder"):
+        load_corpus([file], model, 96, cache_dir=cache)
+    (folder / "index.json").write_text("{")
+    with pytest.raises(CorruptError, match="not tokenised text"):
+        load_corpus([file], model, 96, cache_dir=cache)
+
+
+def test_columns_that_are_no_text_are_refused(model: Path, tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": [["a", "b"]]}), tmp_path / "a.parquet")
+    with pytest.raises(CorruptError, match='row 1: expected strings in the column "text", got list'):
+        load_corpus([tmp_path / "a.parquet"], model, 96, cache_dir=tmp_path / "cache")
 
 
 def test_windows_stay_within_documents_and_splits_apart(model: Path, text: Path, tmp_path: Path) -> None:
@@ -497,7 +525,8 @@ def test_configuration_files(model: Path, text: Path, tmp_path: Path, capsys: py
 def fitted(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fitted checkpoint, and its bundle beside it."""
     root = tmp_path_factory.mktemp("fitted")
-    Fit(settings(model, text, root / "ckpt", steps=5, held_out=0.3), show=quiet).run()
+    aging = {"score_decay": 0.9, "decay_per": "token"}
+    Fit(settings(model, text, root / "ckpt", steps=5, held_out=0.3, **aging), show=quiet).run()
     export_bundle(load_checkpoint(root / "ckpt"), root / "bundle")
     return root / "ckpt"
 
@@ -551,6 +580,14 @@ def test_documents_the_heads_were_fitted_on_are_refused(
     trained = text / record["trained_on"][0]["name"]
     assert eval_main(["--model", str(fitted), "--text", str(trained), "--cache-dir", str(tmp_path)]) == 1
     assert "fitted on every one" in capsys.readouterr().err
+
+
+def test_a_damaged_record_is_refused(fitted: Path, text: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(fitted, copy)
+    (copy / "lococo_fit.json").write_text('{"trained_on": [1]}')
+    args = ["--model", str(copy), "--text", str(text), "--cache-dir", str(tmp_path / "c")]
+    assert eval_main(args) == 1
 
 
 def test_passkey_prompts(model: Path) -> None:
@@ -820,6 +857,11 @@ def test_harness_model_scores_and_generates(fitted: Path) -> None:
     ids = [LETTERS.index(c) for c in context + continuation]
     logits = reference.prefill(ids[:-1], return_all=True)[0, len(context) - 1 :]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[len(context) :])[:, None]).sum()
+    whole_text = LETTERS[1] * 5 + context + continuation
+    whole_ids = [lm.eot_token_id, *map(LETTERS.index, whole_text)]
+    rolling = ReferenceSession(reference.model).prefill(whole_ids[:-1], return_all=True)[0].log_softmax(-1)
+    expected_rolling = rolling.gather(1, torch.tensor(whole_ids[1:])[:, None]).sum()
+    assert lm.loglikelihood_rolling([Request(whole_text)]) == [pytest.approx(float(expected_rolling), abs=1e-3)]
     score, greedy = lm.loglikelihood([Request(context, continuation)], disable_tqdm=True)[0]
     assert score == pytest.approx(float(expected), abs=1e-4)
     assert greedy == bool((logits.argmax(-1) == torch.tensor(ids[len(context) :])).all())

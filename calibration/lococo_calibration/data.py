@@ -136,7 +136,8 @@ def load_corpus(
     if not path.is_file():
         raise NotFoundError(f"{path}: not found; text needs the model's tokenizer.json")
     files = _list_files(sources)
-    identity = [CACHE_VERSION, sha256_file(path), text_field, skip_undecodable, [sha256_file(f) for f in files]]
+    contents = [[f.name, sha256_file(f)] for f in files]  # the name says how a file is read
+    identity = [CACHE_VERSION, sha256_file(path), text_field, skip_undecodable, contents]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     target = cache_dir / key[:32]
     if not (target / "index.json").exists():
@@ -144,7 +145,7 @@ def load_corpus(
             _tokenise(files, path, target, text_field, skip_undecodable)
         except OSError as e:
             raise e if isinstance(e, NotFoundError) else storage_error(e, target) from e
-    index = json.loads((target / "index.json").read_text(encoding="utf-8"))
+    index, tokens = _read_cache(target)
     if index["max_token"] >= vocab_size:
         raise ConfigError(
             f"{path}: the text has token {index['max_token']}, but the model's vocabulary is {vocab_size}: a tokenizer"
@@ -157,9 +158,22 @@ def load_corpus(
         )
     if not index["names"]:
         raise InvalidArgumentError(f"text: expected documents, found none with text in {len(files)} file(s)")
-    tokens = np.memmap(target / "tokens.bin", dtype=np.uint32, mode="r")
     offsets = np.array(index["offsets"], np.int64)
     return Corpus(tokens, offsets, index["names"], index["digests"], key, index["notes"])
+
+
+def _read_cache(folder: Path) -> tuple[dict[str, Any], npt.NDArray[np.uint32]]:
+    try:
+        index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        expected = 4 * int(index["offsets"][-1])
+        size = (folder / "tokens.bin").stat().st_size
+    except (ValueError, KeyError, IndexError, FileNotFoundError) as e:
+        raise CorruptError(f"{folder}: not tokenised text: {e}; delete this folder") from e
+    if size != expected:
+        raise CorruptError(f"{folder}/tokens.bin: expected {expected} bytes, got {size}; delete this folder")
+    if not size:
+        return index, np.empty(0, np.uint32)  # nothing can be mapped
+    return index, np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
 
 
 def _list_files(sources: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -169,7 +183,7 @@ def _list_files(sources: Sequence[str | os.PathLike[str]]) -> list[Path]:
             below = sorted(p for p in source.rglob("*") if p.is_file())
             found = [p for p in below if not any(part.startswith(".") for part in p.relative_to(source).parts)]
             if any(p.suffix == ".arrow" for p in found):  # a saved dataset; its .json files are not documents
-                found = [p for p in found if p.suffix == ".arrow"]
+                found = [p for p in found if p.suffix == ".arrow" and not p.name.startswith("cache-")]
             if not found:
                 raise InvalidArgumentError(f"{source}: expected files with text, found none")
             files += found
@@ -233,8 +247,13 @@ def _table_rows(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
                 raise CorruptError(f'{path}: no column "{text_field}", only {names}; name it with --text-field')
             for text in batch.column(text_field).to_pylist():
                 row += 1
+                if not isinstance(text, str | None):
+                    raise CorruptError(
+                        f'{path}: row {row}: expected strings in the column "{text_field}", got {type(text).__name__};'
+                        " name the column with --text-field"
+                    )
                 if text:
-                    yield f"{path.name}:{row}", str(text)
+                    yield f"{path.name}:{row}", text
     except pa.ArrowInvalid as e:
         raise CorruptError(f"{path}: not a whole table: {e}") from e
 

@@ -71,23 +71,24 @@ class PolicySession:
         return int(self._reader.position)
 
     @torch.inference_mode()
-    def read(self, ids: Tensor, *, last_only: bool = False) -> Tensor:
-        """Logits (B, T, V) float32 of ids (B, T); (B, 1, V) of the last one alone with `last_only`."""
+    def forwards(self, ids: Tensor) -> Iterator[Tensor]:
+        """Hidden states (B, n, hidden) of ids (B, T), forward by forward."""
         policy, reader = self.policy, self._reader
-        logits = []
-        parts = torch.split(ids, self.block_size, 1)
-        for i, part in enumerate(parts):
+        for part in torch.split(ids, self.block_size, 1):
             n, start = part.shape[1], self.position
             fuses = policy.capacity is not None and self.live + n > policy.capacity
-            hidden = reader.read(part, Forward(start, start + n, self.live, False, fuses))
-            if not last_only:
-                logits.append(reader.model.lm_head(hidden).float())
-            elif i == len(parts) - 1:
-                logits.append(reader.model.lm_head(hidden[:, -1:]).float())
+            yield reader.read(part, Forward(start, start + n, self.live, False, fuses))
             self.live = policy.mem_size if fuses else self.live + n
             if fuses:
                 reader.compress()
-        return torch.cat(logits, 1)
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor, *, last_only: bool = False) -> Tensor:
+        """Logits (B, T, V) float32 of ids (B, T); (B, 1, V) of the last one alone with `last_only`."""
+        hidden = list(self.forwards(ids))
+        kept = hidden[-1][:, -1:] if last_only else torch.cat(hidden, 1)
+        logits: Tensor = self._reader.model.lm_head(kept).float()
+        return logits
 
     def rows(self, rows: list[int]) -> PolicySession:
         """Some of the sequences, to go on apart from the others."""

@@ -85,10 +85,16 @@ class LococoLM(TemplateLM):  # type: ignore[misc]
 
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
         ids = torch.tensor([[*context, *continuation]], device=self.model.device)  # (1, T)
-        logits = self._session().read(ids[:, :-1])[0, len(context) - 1 :]  # (continuation, V)
-        scores, wanted = logits.log_softmax(-1), ids[0, len(context) :]
-        found = scores.gather(1, wanted[:, None]).sum()
-        return float(found), bool((scores.argmax(-1) == wanted).all())
+        found, greedy, start = 0.0, True, 0
+        for hidden in self._session().forwards(ids[:, :-1]):  # logits of one forward at a time: texts may be long
+            skipped = max(0, len(context) - 1 - start)
+            wanted = ids[0, start + 1 : start + 1 + hidden.shape[1]][skipped:]
+            if len(wanted):
+                scores = self.model.lm_head(hidden[0, skipped:]).float().log_softmax(-1)  # (wanted, V)
+                found += float(scores.gather(1, wanted[:, None]).sum())
+                greedy = greedy and bool((scores.argmax(-1) == wanted).all())
+            start += hidden.shape[1]
+        return found, greedy
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         return [self._score(context, continuation) for _, context, continuation in requests]

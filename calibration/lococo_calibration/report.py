@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lococo_runtime import InvalidArgumentError, Session
+from lococo_runtime import CorruptError, InvalidArgumentError, Session
 from lococo_runtime._exceptions import ConfigError, UnsupportedError
 from lococo_runtime.bundle import LococoConfig
 
@@ -133,7 +133,10 @@ def _corpus(args: argparse.Namespace, checkpoint: Checkpoint, show: Show) -> tup
     record = checkpoint.source_dir / RECORD_NAME
     trained = set()
     if record.exists():
-        trained = {d["sha256"] for d in json.loads(record.read_text(encoding="utf-8"))["trained_on"]}
+        try:
+            trained = {d["sha256"] for d in json.loads(record.read_text(encoding="utf-8"))["trained_on"]}
+        except (ValueError, KeyError, TypeError) as e:
+            raise CorruptError(f"{record}: not a record of lococo-fit: {e}; remove it to measure on any text") from e
     unseen = [d for d in range(len(corpus)) if corpus.digests[d] not in trained]
     if len(unseen) < len(corpus):
         show(f"note: {len(corpus) - len(unseen)} document(s) left out, the heads were fitted on them")
