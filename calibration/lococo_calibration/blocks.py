@@ -86,7 +86,7 @@ class Slots:
     def detach(self) -> Slots:
         return Slots(self.key.detach(), self.value.detach(), self.scores, self.sinks)
 
-    def rows(self, rows: list[int]) -> Slots:
+    def rows(self, rows: list[int] | Tensor) -> Slots:
         """Some sequences of the batch."""
         sinks = None if self.sinks is None else self.sinks[rows]
         return Slots(self.key[rows], self.value[rows], self.scores[rows], sinks)

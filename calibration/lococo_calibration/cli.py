@@ -61,7 +61,7 @@ def _fit(given: dict[str, Any]) -> int:
             raise
         raise OutOfMemoryError("out of memory while the model was loaded: expected a larger device") from e
     output = fit.run(estimate_only=only)
-    if not only:
+    if not only and fit.workers.first:
         ppl = ", ".join(f"{k} {v:.3f}" for k, v in fit.held_out.items())
         print(f"{output}: {fit.step} steps" + (f", held-out perplexity: {ppl}" if ppl else ""))
     return 0

@@ -104,7 +104,8 @@ def _read_prompts(
 
 
 class _Decoder:
-    """Rows that go on token by token, in caches of `width` columns of which the first `live` are."""
+    """Rows that go on token by token, in caches of `width` columns, of which the first `live` are used: the policy's
+    capacity, or as many as there will ever be."""
 
     def __init__(self, model: ReferenceModel, policy: Policy, read: list[_Read], most: int) -> None:
         self.model, self.policy = model, policy
@@ -156,41 +157,50 @@ class _Decoder:
         x = model.model.embed_tokens(self.tokens[:, None])
         self.position += 1
         self.live = [n + 1 for n in self.live]
+        # the sinks of rows that compress for the first time are not known yet
+        fusing = [_Fusing(self, known) for known in (False, True)]
         for i, layer in enumerate(model.model.layers):
             old = self.slots[i]
             x, keys, values, received = read_layer(layer, x, cos, sin, old.key, old.value, visible, weight, decay)  # type: ignore[arg-type]
             slots = append(old, keys, values, received, forward, decay)
             for column in (slots.key, slots.value, slots.scores):
                 column[rows, :, live] = column[:, :, -1]
-            for first in (True, False):  # the sinks of rows that compress for the first time are not known yet
-                self._compress(i, slots, [r for r, c in enumerate(self.compressed) if c != first])
+            for some in fusing:
+                some.compress(self.policy, i, slots)
             slots.key, slots.value, slots.scores = (y[:, :, :width] for y in (slots.key, slots.value, slots.scores))
             self.slots[i] = slots
-        full = self._over(range(len(self.live)))
-        for r in full:
-            self.live[r] = self.policy.mem_size
-        if self.slots[0].sinks is not None:
-            for r in full:
-                self.compressed[r] = True
+        has_sinks = self.slots[0].sinks is not None
+        for r in (r for some in fusing for r in some.rows):
+            self.live[r], self.compressed[r] = self.policy.mem_size, has_sinks
         self.tokens = model.lm_head(model.model.norm(x))[:, 0].float().argmax(-1)
 
-    def _over(self, rows: Sequence[int]) -> list[int]:
-        capacity = self.policy.capacity
-        return [r for r in rows if capacity is not None and self.live[r] > capacity]
 
-    def _compress(self, layer: int, slots: Slots, rows: list[int]) -> None:
-        """Those of the rows that are over their capacity, in place; all their columns are live then."""
-        rows = self._over(rows)
-        if not rows:
+class _Fusing:
+    """The rows of a decoder that are over their capacity: all their columns are live.
+
+    Args:
+        known: those whose sinks are known, or those whose are not.
+    """
+
+    def __init__(self, decoder: _Decoder, known: bool) -> None:
+        states = zip(decoder.live, decoder.compressed, strict=True)
+        self.known = known
+        self.rows = [r for r, (live, c) in enumerate(states) if live > decoder.width and c == known]
+        self._index = torch.tensor(self.rows, device=decoder.model.device, dtype=torch.int64)  # copied once a step
+        self._position = decoder.position[self._index][:, None, None, None]
+
+    def compress(self, policy: Policy, layer: int, slots: Slots) -> None:
+        """In place."""
+        if not self.rows:
             return
-        part = slots.rows(rows)
-        if not self.compressed[rows[0]]:
+        part = slots.rows(self._index)
+        if not self.known:
             part.sinks = None
-        new = self.policy.compress(layer, part, self.position[rows][:, None, None, None])
+        new = policy.compress(layer, part, self._position)
         columns = new.key.shape[2]
         for whole, fused in ((slots.key, new.key), (slots.value, new.value), (slots.scores, new.scores)):
-            whole[rows, :, :columns] = fused
+            whole[self._index, :, :columns] = fused
         if new.sinks is not None:
             if slots.sinks is None:
-                slots.sinks = new.sinks.new_zeros(len(self.live), *new.sinks.shape[1:])
-            slots.sinks[rows] = new.sinks
+                slots.sinks = new.sinks.new_zeros(len(slots.key), *new.sinks.shape[1:])
+            slots.sinks[self._index] = new.sinks
