@@ -1,7 +1,8 @@
 """Draws the figures of docs/lococo.md that show measurements: quality.svg and cpu.svg.
 
 Usage: plot_measured.py [FOLDER], docs/images if none is given
-From docs/quality/reported (the heads in this repository) and docs/benchmarks/cpu.json, as they were measured.
+From docs/quality/final (the heads in this repository; baselines in blocks are of docs/quality/reported, the same windows)
+and docs/benchmarks/cpu.json, as they were measured.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def read(path: str) -> Any:
 
 def quality(out: Path) -> None:
     """Perplexity over context: a row a kind of text, a column a way of reading."""
-    rows = read("quality/reported/baselines.json")["perplexity"] + read(f"quality/reported/m{M}.json")["perplexity"]
+    in_blocks = [r for r in read("quality/reported/baselines.json")["perplexity"] if r["regime"] == "block"]
+    rows = in_blocks + [r for job in ("baselines", f"m{M}") for r in read(f"quality/final/{job}.json")["perplexity"]]
     figure, axes = plt.subplots(2, 2, figsize=(7, 4.6), layout="constrained", sharex=True, sharey="row")
     for i, kind in enumerate(("prose", "code")):
         for j, (regime, title) in enumerate((("block", "blocks of 512"), ("step", "token by token"))):
