@@ -321,7 +321,7 @@ def test_unwritable_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(Path, "home", classmethod(no_home))
         assert _timing_cache_file(None, kit, target, notes.append) is None
-    assert "home directory.: set XDG_CACHE_HOME; building without a timing cache" in notes[-1]
+    assert "this user has no home: set XDG_CACHE_HOME; building without a timing cache" in notes[-1]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     found = _timing_cache_file(None, kit, target, notes.append)
     assert found == tmp_path / "caches" / "lococo" / "timing-8.6.0-sm90-nvidia-h100.cache"

@@ -312,8 +312,9 @@ def _timing_cache_file(
     name = f"timing-{kit.version}-sm{target.device.sm}-{gpu}.cache"
     try:
         path = Path(given) if given else cache_directory() / name
-    except RuntimeError as e:  # a user without a home, as in some containers
-        progress(f"note: {e}: set XDG_CACHE_HOME; building without a timing cache, so the next build is as slow")
+    except RuntimeError:  # as in some containers
+        progress("note: this user has no home: set XDG_CACHE_HOME; building without a timing cache, so the next build"
+                 " is as slow")  # fmt: skip
         return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
