@@ -5,6 +5,8 @@
 #include <fstream>
 #include <string>
 
+#include "trt/kernels.h"
+
 namespace lococo::trt {
 namespace {
 
@@ -36,6 +38,24 @@ void require_memory(uint64_t nbytes, const char* what) {
        "device memory: %s needs %llu bytes, %llu of %llu are free; close sessions and other programs on the GPU", what,
        static_cast<unsigned long long>(nbytes), static_cast<unsigned long long>(available),
        static_cast<unsigned long long>(total_bytes));
+}
+
+void require_kernels() {
+  const cudaError_t code = find_kernels();
+  if (code != cudaErrorNoKernelImageForDevice && code != cudaErrorInvalidDeviceFunction) {
+    return check(code, "find the kernels");
+  }
+  (void)cudaGetLastError();
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  check(cudaGetDevice(&device), "ask for the current device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "ask for the kind of device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "ask for the kind of device");
+  fail(LOCOCO_ERROR_UNSUPPORTED,
+       "liblococo_trt: expected kernels for cuda:%d, which is sm%d%d, found those of other GPUs; compile it with cmake"
+       " -DCMAKE_CUDA_ARCHITECTURES=%d%d",
+       device, major, minor, major, minor);
 }
 
 DeviceMemory allocate_device(uint64_t nbytes, const char* what) {

@@ -63,6 +63,9 @@ using GraphExec = Handle<cudaGraphExec_t, cudaGraphExecDestroy>;
 // Throws OUT_OF_MEMORY, before anything is allocated, if the current device has less than nbytes left.
 void require_memory(uint64_t nbytes, const char* what);
 
+// Throws UNSUPPORTED if this library was not compiled for the current device.
+void require_kernels();
+
 DeviceMemory allocate_device(uint64_t nbytes, const char* what);
 PinnedMemory allocate_pinned(uint64_t nbytes);
 Stream create_stream();

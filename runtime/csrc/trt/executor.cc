@@ -36,6 +36,7 @@ uint64_t pinned_bytes(const lococo_module_bundle& b, int32_t window) {
 // --- backend ---------------------------------------------------------------------------------------------------------
 
 Backend::Backend(const lococo_module_bundle& bundle) : b_(bundle) {
+  require_kernels();
   uint64_t plans = 0;
   uint64_t workspace = 0;
   for (int32_t i = 0; i < b_.num_graphs; ++i) {

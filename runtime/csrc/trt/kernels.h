@@ -55,4 +55,7 @@ struct Chooser {
 cudaError_t choose_token(const float* logits, int32_t vocab_size, Chooser* chooser, int32_t* ring, const Cursor& cursor,
                          cudaStream_t stream);
 
+// Whether this library was compiled for the current device.
+cudaError_t find_kernels();
+
 }  // namespace lococo::trt

@@ -154,7 +154,10 @@ void lococo::log_line(lococo_log_level level, const std::string& text) noexcept 
 // For whoever builds engines: makes the plugin known to the TensorRT of this process. error: at least 3072 bytes.
 extern "C" LOCOCO_API int32_t lococo_register_plugin(char* error) {
   lococo_module_error text{};
-  const lococo_status status = guarded(&text, [] { (void)lococo::trt::load_tensorrt(the_host); });
+  const lococo_status status = guarded(&text, [] {
+    (void)lococo::trt::load_tensorrt(the_host);
+    lococo::trt::require_kernels();
+  });
   std::snprintf(error, sizeof text.text, "%s", text.text);
   return status;
 }
