@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lococo_calibration import DivergedError, Fit, FitSettings, load_corpus
+from lococo_calibration import DivergedError, Fit, FitSettings, data, load_corpus
 from lococo_calibration.blocks import FullCache, Fusion, read_uncompressed
 from lococo_calibration.cli import eval_main, fit_main
 from lococo_calibration.data import batch_windows
@@ -158,6 +158,21 @@ def test_tokens_are_cached_by_contents(model: Path, tmp_path: Path, monkeypatch:
     assert lengths == [15, 3]
 
 
+def test_two_runs_may_tokenise_at_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one two")
+    tokenise, calls = data._tokenise, []
+
+    def both(*args: Any) -> None:
+        tokenise(*args)
+        calls.append(args)
+        tokenise(*args)
+
+    monkeypatch.setattr(data, "_tokenise", both)
+    assert len(load_corpus([tmp_path / "a.txt"], model, 96, cache_dir=tmp_path / "cache").tokens) == 7
+    assert calls
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_damaged_caches_are_refused(model: Path, tmp_path: Path) -> None:
     file, cache = tmp_path / "a.txt", tmp_path / "cache"
     file.write_text("one two")
@@ -245,6 +260,9 @@ def test_tokenizer_of_another_model(text: Path, tmp_path: Path) -> None:
     make_model(tmp_path / "model", vocab_size=50)
     save_tokenizer(tmp_path / "model")
     with pytest.raises(ConfigError, match="vocabulary is 50: a tokenizer of another model"):
+        Fit(settings(tmp_path / "model", text, tmp_path / "out"))
+    (tmp_path / "model" / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(CorruptError, match=r"tokenizer\.json: not a tokenizer: EOF"):
         Fit(settings(tmp_path / "model", text, tmp_path / "out"))
     # every token exists, but most of the model's are never used
     make_model(tmp_path / "large", vocab_size=200)

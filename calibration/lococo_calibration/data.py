@@ -127,7 +127,7 @@ def load_corpus(
     Raises:
         NotFoundError: a source or the tokenizer is not there.
         InvalidArgumentError: an empty file, or no text at all.
-        CorruptError: not UTF-8 text, or malformed JSONL.
+        CorruptError: not UTF-8 text, malformed JSONL, or a malformed tokenizer.
         ConfigError: the tokenizer does not belong to the model.
         UnsupportedError: tables without pyarrow.
     """
@@ -261,7 +261,10 @@ def _table_rows(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
 def _tokenise(files: list[Path], tokenizer_file: Path, target: Path, text_field: str, skip_undecodable: bool) -> None:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as e:  # tokenizers raises nothing narrower
+        raise CorruptError(f"{tokenizer_file}: not a tokenizer: {e}") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     names: list[str] = []
@@ -300,8 +303,11 @@ def _tokenise(files: list[Path], tokenizer_file: Path, target: Path, text_field:
             "notes": [*notes, *(f"{b}; left out" for b in bad)],
         }
         (staging / "index.json").write_text(json.dumps(index), encoding="utf-8")
-        if not target.exists():
+        try:
             os.replace(staging, target)
+        except OSError:
+            if not (target / "index.json").exists():  # or else another run was faster
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -334,6 +334,7 @@ class Fit:
         regimes = [training_plan(s, step).regime for step in range(self.step, s.steps)]
         seconds = self.measure()
         total = sum(seconds[regime] for regime in regimes)
+        trained = sum(p.numel() for group in self._optimizer.param_groups for p in group["params"])
         if self.model.device.type == "cuda":
             memory, where = torch.cuda.max_memory_allocated(self.model.device), "on the GPU"
         else:
@@ -342,11 +343,8 @@ class Fit:
             f"estimate: {len(regimes):,} steps, about {total / 60:,.1f} min (measured:"
             f" {', '.join(f'{t:.2f} s a {regime} step' for regime, t in seconds.items())}; evaluation and saving not"
             f" counted); peak memory"
-            f" {memory / 2**30:.2f} GiB {where}, and {2 * 4 * self._parameters() / 2**30:.2f} GiB for the optimizer"
+            f" {memory / 2**30:.2f} GiB {where}, and {2 * 4 * trained / 2**30:.2f} GiB for the optimizer"
         )
-
-    def _parameters(self) -> int:
-        return sum(p.numel() for p in self.heads.parameters())
 
     def _synchronize(self) -> None:
         if self.model.device.type == "cuda":
@@ -387,10 +385,11 @@ class Fit:
 
     def _describe(self) -> None:
         s, g = self.settings, self._base.geometry
+        parameters = sum(p.numel() for p in self.heads.parameters())
         for note in self._corpus.notes:
             self.show(f"note: {note}")
         self.show(
-            f"{g.family}, {g.num_layers} layers, {self._parameters():,} head parameters; {len(self.windows):,} windows"
+            f"{g.family}, {g.num_layers} layers, {parameters:,} head parameters; {len(self.windows):,} windows"
             f" of {s.context:,} tokens from {len(self._train_documents):,} documents, {len(self._held_out_documents):,}"
             f" documents held out; {self.model.dtype} on {self.model.device}"
         )
