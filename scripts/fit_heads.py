@@ -6,9 +6,10 @@ A plan has a table of settings of lococo-fit for all jobs, and jobs: `[[job]] na
 Each stage fits with its settings from the heads of the stage before, for its `steps`, or else for its share of the
 seconds: then steps are counted from a measurement before it, and what came out can be repeated with that number. A job
 with a list `sweep` measures selections without fusion, on documents of the training part, so that the choice among them
-has not seen the held-out ones. A job with neither measures the baselines. Every figure is written to the folder of
---out as soon as it is there: to a JSON file named after the job, and the heads to a folder of that name. Jobs use the
-device one after the other; with --parallel 2 the next one loads meanwhile. --share lets them use it at once.
+has not seen the held-out ones. A job with neither measures the baselines, and the fitted checkpoint that `heads` names.
+Every figure is written to the folder of --out as soon as it is there: to a JSON file named after the job, and the heads
+to a folder of that name. Jobs use the device one after the other; with --parallel 2 the next one loads meanwhile.
+--share lets them use it at once.
 """
 
 from __future__ import annotations
@@ -174,7 +175,8 @@ class Measure:
     def all(self, policy: Policy, block: int, job: str) -> None:
         """The quickest first; what no time is left for is left out, and said."""
         a, wanted = self.args, self.record.document["job"]
-        contexts = [c for c in (2048, 4096, 8192, 16384) if c <= a.context] or [a.context]
+        longest = wanted.get("context", a.context)
+        contexts = [c for c in (2048, 4096, 8192, 16384) if c <= longest] or [longest]
         step_contexts = [c for c in contexts if c <= wanted.get("step_context", a.step_context)] or contexts[:1]
         pieces = [("block", lambda: self.perplexity(policy, block, "block", contexts, job))]
         pieces += [(f"passkey {c}", lambda c=c: self.passkey(policy, block, c, job)) for c in a.passkey]
@@ -384,6 +386,10 @@ def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
         if "rope" in job:
             args.model = with_rope(args.model, args.out / "stages" / f"{args.job}-model", job["rope"])
         model = plain_model(args)
+        if "heads" in job:
+            fitted = load_checkpoint(job["heads"])
+            model = ReferenceModel(fitted, model.dtype, model.device)
+            policies += [(Fusion(fitted.config, model.heads), block) for block in job["block_sizes"]]
         for block in job["block_sizes"]:
             policies.append((FullCache(), block))
             for m in job["mem_sizes"]:
