@@ -1,7 +1,7 @@
 """Draws the figures of docs/lococo.md that show measurements: quality.svg and cpu.svg.
 
 Usage: plot_measured.py [FOLDER], docs/images if none is given
-From docs/quality/final (the heads in this repository; baselines in blocks of docs/quality/reported, of the same windows)
+From docs/quality/final (the heads in this repository; baselines in blocks of docs/quality/reported, same windows)
 and docs/benchmarks/cpu.json, as they were measured.
 """
 
