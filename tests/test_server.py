@@ -284,6 +284,10 @@ def test_several_choices_and_prompts(client: openai.OpenAI) -> None:
             text[choice.index] += choice.text
     assert text == alone
     assert chunk.usage == out.usage
+    many = client.completions.create(**completion_body(n=40, seed=7))  # ten times as many as run at once
+    assert [c.index for c in many.choices] == list(range(40))
+    for j in (0, 39):
+        assert many.choices[j].text == client.completions.create(**completion_body(seed=7 + j)).choices[0].text
 
     chat = chat_body(seed=7, n=2, max_tokens=20, logprobs=True)
     said = client.chat.completions.create(**chat).choices
@@ -923,6 +927,7 @@ def test_the_queue_is_bounded(bundle: Path) -> None:
             server.wait_for("lococo_waiting_requests", 1)
             running.close()
             assert answer.result().choices
+        assert len(client.completions.create(**completion_body(n=7)).choices) == 7  # one after the other
 
 
 def test_time_is_limited(bundle: Path) -> None:
@@ -1125,6 +1130,73 @@ def test_the_description(server: Server, llm: LLM) -> None:
     assert chat["properties"]["model"]["enum"] == ["bundle"]
     assert chat["additionalProperties"] is False
     assert "422" not in json.dumps(described)
+
+
+def test_the_description_says_what_goes_with_what(server: Server) -> None:
+    """What it refuses the server refuses, and what it takes the server takes."""
+    jsonschema = pytest.importorskip("jsonschema")
+    described = json.loads(server.request("GET", "/openapi.json")[2])
+    schema = {"type": "json_schema", "json_schema": {"name": "any", "schema": {}}}
+    both: list[tuple[dict[str, Any], bool]] = [
+        ({}, True),
+        ({"n": 2.0, "seed": -1.0, "max_tokens": 3.0, "stop_token_ids": [5.0]}, True),  # JSON has one kind of number
+        ({"n": 1.5}, False),
+        ({"n": 129}, False),
+        ({"stop": "x", "logit_bias": {"0": 1, "259": -1}, "store": False}, True),
+        ({"store": 0}, False),
+        ({"store": True}, False),
+        ({"stop": ""}, False),
+        ({"stop": ["a"] * 65}, False),
+        ({"stop": "\0"}, False),
+        ({"logit_bias": {"260": 1}}, False),
+        ({"logit_bias": {"07": 1}}, False),
+        ({"logit_bias": {"x": 1}}, False),
+        ({"stream_options": {"include_usage": True}}, False),
+        ({"stream_options": {"include_usage": True}, "stream": True}, True),
+        ({"repetition_penalty": 0.001}, False),
+    ]
+    texts: list[tuple[dict[str, Any], bool]] = [
+        ({"prompt": ""}, False),
+        ({"prompt": []}, False),
+        ({"prompt": [[]]}, False),
+        ({"prompt": [[1.0], [2]]}, True),
+        ({"prompt": [260]}, False),
+        ({"prompt": ["a"] * 257}, False),
+        ({"prompt": [5] * 257}, True),
+        ({"echo": True, "logprobs": 1}, False),
+        ({"echo": False, "logprobs": 1}, True),
+        ({"best_of": 1}, True),
+        ({"best_of": 1, "n": 2}, False),
+    ]
+    chats: list[tuple[dict[str, Any], bool]] = [
+        ({"top_logprobs": 1}, False),
+        ({"top_logprobs": 1, "logprobs": True}, True),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, False),
+        ({"max_tokens": None, "max_completion_tokens": 2}, True),
+        ({"chat_template_kwargs": {"tools": []}}, False),
+        ({"chat_template_kwargs": {"mine": []}}, True),
+        ({"response_format": {"type": "text"}}, True),
+        ({"response_format": schema}, True),
+        ({"response_format": {**schema, "type": "text"}}, False),
+        ({"response_format": {"type": "json_schema"}}, False),
+    ]
+    for path, name, body, cases in (
+        ("completions", "CompletionRequest", completion_body(), both + texts),
+        ("chat/completions", "ChatRequest", chat_body(), both + chats),
+    ):
+        reference = {"$ref": f"#/components/schemas/{name}", "components": described["components"]}
+        validator = jsonschema.Draft202012Validator(reference)
+        for changes, taken in cases:
+            assert validator.is_valid({**body, **changes}) == taken, changes
+            status = server.request("POST", f"/v1/{path}", json.dumps({**body, **changes}).encode())[0]
+            assert (status == 200) == taken, changes
+
+
+def test_a_completion_s_default_length_keeps_to_the_limit(bundle: Path) -> None:
+    with serving(bundle, "--max-new-tokens", "8") as server, server.client() as client:
+        out = client.completions.create(model="bundle", prompt="Hello", extra_body={"ignore_eos": True})
+        assert out.usage is not None
+        assert out.usage.completion_tokens == 8
 
 
 def test_answers_keep_to_the_description(bundle: Path) -> None:

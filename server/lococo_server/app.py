@@ -37,7 +37,7 @@ from . import answers
 from .engine import Engine, Lifetime, Limits, Work
 from .errors import ApiError, ClientGoneError, from_exception, from_validation
 from .metrics import Metrics
-from .protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Json
+from .protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Json, describe_requests
 from .snapshots import Pack
 
 log = logging.getLogger("lococo_server")
@@ -155,11 +155,6 @@ def create_app(
         prompts: Sequence[list[int]], n: int, params: SamplingParams, grammar: Grammar | None = None, **more: Any
     ) -> list[Work]:
         """Those of one request: n choices for each prompt, with seeds that follow one another."""
-        most = engine.num_sessions + limits.queue
-        if len(prompts) * n > most:
-            name = "n" if n > 1 else "prompt"
-            message = f"{name}: expected at most {most} choices in all, got {len(prompts) * n}"
-            raise ApiError(400, message, param=name, code="invalid_value")
         each = [dataclasses.replace(params, seed=(params.seed + i) % 2**64) for i in range(n)]
         return [Work(ids, one, grammar, **more) for ids in prompts for one in each]
 
@@ -214,13 +209,13 @@ def create_app(
 
     def describe_this_server() -> Json:
         schema = describe()
-        for request in ("CompletionRequest", "ChatRequest"):
-            fields = schema["components"]["schemas"][request]["properties"]
-            fields["model"]["enum"] = list(models)
-            for name in {"max_tokens", "max_completion_tokens"} & fields.keys():
-                fields[name]["maximum"] = limits.new_tokens
-            for ids in _find(fields, "format", "token-id"):
-                ids["exclusiveMaximum"] = llm.model.vocab_size
+        describe_requests(
+            schema["components"]["schemas"],
+            models=list(models),
+            max_tokens=limits.new_tokens,
+            vocab_size=llm.model.vocab_size,
+            min_prompt=0 if llm.encode("") else 1,
+        )
         if api_key is not None:
             schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, methods in schema["paths"].items():
@@ -237,13 +232,6 @@ def create_app(
         return Response(page, media_type="text/html", headers={"Content-Security-Policy": _POLICY})
 
     return app
-
-
-def _find(tree: Any, key: str, value: str) -> list[Json]:
-    """The objects in a JSON value where `key` is `value`."""
-    inner = list(tree.values()) if isinstance(tree, dict) else tree if isinstance(tree, list) else []
-    found = [tree] if isinstance(tree, dict) and tree.get(key) == value else []
-    return found + [each for part in inner for each in _find(part, key, value)]
 
 
 def _streamed(model: type[BaseModel]) -> dict[int | str, Json]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import os
@@ -221,9 +222,10 @@ class Engine:
     async def chunks(self, works: Sequence[Work], life: Lifetime) -> AsyncGenerator[tuple[int, CompletionChunk], None]:
         """A chunk for every token, with the number of its work. Close it, or read it to its end. Raises as `_chunks`.
 
-        Each work waits for a session of its own. An error of one ends all.
+        Each work waits for a session of its own, as many as there are sessions at a time; another takes the place of
+        one that has ended. An error of one ends all.
         """
-        streams = [self._chunks(work, life) for work in works]
+        streams = [self._chunks(work, life, follows=i >= self.num_sessions) for i, work in enumerate(works)]
         if len(streams) == 1:
             try:
                 async for chunk in streams[0]:
@@ -231,7 +233,14 @@ class Engine:
             finally:
                 await streams[0].aclose()
             return
-        waiting = {asyncio.ensure_future(anext(stream, None)): i for i, stream in enumerate(streams)}
+        later = iter(range(len(streams)))
+        waiting: dict[asyncio.Future[CompletionChunk | None], int] = {}
+
+        def read(i: int) -> None:
+            waiting[asyncio.ensure_future(anext(streams[i], None))] = i
+
+        for i in itertools.islice(later, self.num_sessions):
+            read(i)
         try:
             while waiting:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -240,7 +249,9 @@ class Engine:
                     i = waiting.pop(future)
                     if chunk_or_none is not None:
                         yield i, chunk_or_none
-                        waiting[asyncio.ensure_future(anext(streams[i], None))] = i
+                        read(i)
+                    elif (next_or_none := next(later, None)) is not None:
+                        read(next_or_none)
         except BaseException as e:
             life.end(e if isinstance(e, ApiError) else ClientGoneError())
             raise
@@ -249,15 +260,15 @@ class Engine:
             for stream in streams:
                 await stream.aclose()
 
-    async def _chunks(self, work: Work, life: Lifetime) -> AsyncGenerator[CompletionChunk, None]:
-        """A chunk for every token of one work.
+    async def _chunks(self, work: Work, life: Lifetime, *, follows: bool) -> AsyncGenerator[CompletionChunk, None]:
+        """A chunk for every token of one work, which waits for its turn even if the queue is full if it `follows`.
 
         Raises:
             ApiError: the queue is full (429), the time is up (504).
             ClientGoneError: nobody waits for it any more; it has stopped.
         """
         loop = asyncio.get_running_loop()
-        session = await self._acquire(life)
+        session = await self._acquire(life, follows)
         began = loop.time()
         self.metrics.queue_seconds.observe(began - life.began)
         self.metrics.running.inc()
@@ -317,10 +328,10 @@ class Engine:
         self.metrics.cached_tokens.inc(output.num_cached_tokens)
         self.metrics.generated_tokens.inc(len(output.token_ids))
 
-    async def _acquire(self, life: Lifetime) -> Session:
+    async def _acquire(self, life: Lifetime, follows: bool) -> Session:
         if self._free:
             return self._free.pop()
-        if len(self._waiting) >= self.limits.queue:
+        if len(self._waiting) >= self.limits.queue and not follows:
             seconds = math.ceil(self._mean_seconds * (len(self._waiting) + 1) / self.num_sessions)
             raise ApiError(
                 429,

@@ -8,19 +8,46 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from lococo_runtime import LLM, CompletionChunk, CompletionOutput, Grammar, SamplingParams, TokenLogprobs
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from lococo_runtime.sampling import MAX_STOP_BYTES, MAX_STOPS
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from .errors import ApiError
 
 Json = dict[str, Any]
-NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"format": "token-id"})]
+_DEFAULT_TOKENS = 16  # of a completion, as OpenAI's
+_MAX_PROMPTS, _MAX_CHOICES = 256, 128  # of a request; each choice is remembered until all have ended
+
+
+def _integer(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _false(value: bool) -> bool:
+    if value:
+        raise ValueError("Only false is supported")
+    return value
+
+
+Whole = BeforeValidator(_integer)  # behind the bounds, which are described otherwise no more
+No = Annotated[bool, AfterValidator(_false), WithJsonSchema({"const": False})]  # 0 would be a Literal[False]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31), Whole]
+TokenId = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"format": "token-id"}), Whole]
 
 
 class _Model(BaseModel):
-    """Unknown fields are refused, null is a field that is not given, and nothing is converted."""
+    """Unknown fields are refused, null is a field that is not given, and no type is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -65,7 +92,7 @@ class StreamOptions(_Model):
     """With include_usage, a last chunk has the usage."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: No = False
 
 
 class NamedSchema(_Model):
@@ -96,26 +123,28 @@ class _Request(_Model):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] = 1
+    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES), Whole] = 1
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    logit_bias: dict[
+        Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]
+    ] = {}
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), Whole] | None = None
     stop: str | list[str] = []
     # labels, and values that ask for nothing
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] = False
+    store: No = False
     service_tier: Literal["auto", "default"] = "auto"
     # of ours, under the names that other servers have given them
     top_k: NonNegative = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     typical_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     stop_token_ids: list[TokenId] = []
     ignore_eos: bool = False
 
@@ -156,9 +185,9 @@ class CompletionRequest(_Request):
     """The body of /v1/completions. A prompt is a text or token ids, or a list of such."""
 
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
-    max_tokens: NonNegative = 16
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: int | None = None
+    max_tokens: NonNegative | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = None
+    best_of: Annotated[int, Whole] | None = None
     echo: bool = False
 
     def params(self, limit: int) -> SamplingParams:
@@ -167,24 +196,30 @@ class CompletionRequest(_Request):
             raise ApiError(400, f"best_of: expected n, which is {self.n}, got {self.best_of}", param="best_of")
         if self.echo and self.logprobs is not None:
             raise ApiError(400, "echo: not with logprobs, as a prompt's tokens have none here", param="echo")
-        return self._params(_allowed(self.max_tokens, limit, "max_tokens"), self.logprobs)
+        max_tokens = min(_DEFAULT_TOKENS, limit) if self.max_tokens is None else self.max_tokens
+        return self._params(_allowed(max_tokens, limit, "max_tokens"), self.logprobs)
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One or several. Raises ApiError."""
         prompt: Any = self.prompt
         if not isinstance(prompt, list):
             return [prompt]
-        return prompt if prompt and not isinstance(prompt[0], int) else [prompt]
+        if not prompt or isinstance(prompt[0], int):
+            return [prompt]
+        if len(prompt) > _MAX_PROMPTS:
+            message = f"prompt: expected at most {_MAX_PROMPTS} in a list, got {len(prompt)}"
+            raise ApiError(400, message, param="prompt", code="invalid_value")
+        return prompt
 
 
 class ChatRequest(_Request):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), Whole] | None = None
+    max_tokens: Annotated[int, Field(ge=1), Whole] | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: Json = {}
     cache_prompt: bool = True
@@ -200,6 +235,84 @@ class ChatRequest(_Request):
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")
         return self._params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+def describe_requests(schemas: Json, *, models: list[str], max_tokens: int, vocab_size: int, min_prompt: int) -> None:
+    """Adds to JSON schemas what fields alone do not say: the server's limits, and what goes with what."""
+    for number in _find(schemas, "type", "integer"):  # FastAPI writes bounds as 0.0
+        number |= {k: int(v) for k, v in number.items() if k.lower().endswith("imum")}
+    for name in ("CompletionRequest", "ChatRequest"):
+        fields = schemas[name]["properties"]
+        fields["model"]["enum"] = models
+        for limited in {"max_tokens", "max_completion_tokens"} & fields.keys():
+            _options(fields[limited])[0]["maximum"] = max_tokens
+        for ids in _find(fields, "format", "token-id"):
+            ids["exclusiveMaximum"] = vocab_size
+        for stop in _find(fields["stop"], "type", "string"):
+            stop |= {"minLength": 1, "maxLength": MAX_STOP_BYTES, "pattern": r"^[^\u0000]*$"}
+        for stops in _find(fields["stop"], "type", "array"):
+            stops["maxItems"] = MAX_STOPS
+        (biases,) = _find(fields["logit_bias"], "type", "object")
+        ((_, bias),) = biases.pop("patternProperties").items()
+        biases |= {"patternProperties": {_integers_below(vocab_size): bias}, "additionalProperties": False}
+        schemas[name]["allOf"] = [_either(_null("stream_options"), _true("stream"))]
+    fields = schemas["CompletionRequest"]["properties"]
+    for text in _find(fields["prompt"], "type", "string"):
+        text["minLength"] = min_prompt
+    for texts in _find(fields["prompt"], "type", "array"):
+        texts |= (
+            {"minItems": 1} if texts["items"].get("type") == "integer" else {"minItems": 1, "maxItems": _MAX_PROMPTS}
+        )
+    fields["max_tokens"]["default"] = min(_DEFAULT_TOKENS, max_tokens)
+    fields["best_of"] = {"enum": [1, None]}  # as many as n would do, which is nothing to ask for
+    both = _either(_null("best_of"), {"properties": {"n": {"enum": [1, None]}}})
+    unread = _either({"properties": {"echo": {"enum": [False, None]}}}, _null("logprobs"))
+    schemas["CompletionRequest"]["allOf"] += [both, unread]
+    own = {"not": {"enum": ["messages", "tools", "documents", "add_generation_prompt"]}}
+    _options(schemas["ChatRequest"]["properties"]["chat_template_kwargs"])[0]["propertyNames"] = own
+    schemas["ChatRequest"]["allOf"] += [
+        _either(_null("max_tokens"), _null("max_completion_tokens")),
+        _either(_null("top_logprobs"), _true("logprobs")),
+    ]
+    form = schemas["ResponseFormat"]
+    without = {"properties": {"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}}}
+    of_schema = {"properties": {"type": {"const": "json_schema"}, "json_schema": {"type": "object"}}}
+    form["allOf"] = [_either(without, {**of_schema, "required": ["json_schema"]})]
+
+
+def _options(schema: Json) -> list[Json]:
+    options: list[Json] = schema.get("anyOf", [schema])
+    return options
+
+
+def _find(tree: Any, key: str, value: str) -> list[Json]:
+    """The objects in a JSON value where `key` is `value`."""
+    inner = list(tree.values()) if isinstance(tree, dict) else tree if isinstance(tree, list) else []
+    found = [tree] if isinstance(tree, dict) and tree.get(key) == value else []
+    return found + [each for part in inner for each in _find(part, key, value)]
+
+
+def _either(*schemas: Json) -> Json:
+    return {"anyOf": list(schemas)}
+
+
+def _null(name: str) -> Json:
+    return {"properties": {name: {"type": "null"}}}
+
+
+def _true(name: str) -> Json:
+    return {"properties": {name: {"const": True}}, "required": [name]}
+
+
+def _integers_below(end: int) -> str:
+    """A regular expression for the integers from 0 on."""
+    last = str(end - 1)
+    forms = ["0", *(f"[1-9][0-9]{{{more}}}" for more in range(len(last) - 1))]
+    for i, digit in enumerate(last):
+        first, rest = 0 if i else 1, len(last) - i - 1
+        if int(digit) > first:
+            forms.append(f"{last[:i]}[{first}-{int(digit) - 1}][0-9]{{{rest}}}")
+    return f"^({'|'.join([*forms, last])})$"
 
 
 class _Answer:
