@@ -1,8 +1,8 @@
 """Fuzzes a lococo-serve process by its own OpenAPI description with schemathesis: python scripts/fuzz_http.py [SECONDS]
 
-It fails on an answer of status 500 or above, on one that the description does not allow, on a request that the one allows
-and the other refuses, on an answer that takes a minute, on a traceback in the server's log, and where the server's memory
-has grown by more than 64 MiB since a tenth of the time.
+It fails on an answer of status 500 or above, on one that the description does not allow, on a request that the one
+allows and the other refuses, on an answer that takes a minute, on a traceback in the server's log, and where the
+server's memory has grown by more than 64 MiB since a tenth of the time.
 """
 
 from __future__ import annotations
