@@ -493,6 +493,7 @@ def test_next_token_loss_is_that_of_evaluation(base: Checkpoint, windows: np.nda
     [
         ({"context": 16}, "no fusion is followed by tokens"),
         ({"mem_size": 80, "local_len": 8}, "no fusion is followed by tokens"),
+        ({"decode_share": 0.5, "decode_blocks": 9}, "decode_blocks: expected at most"),
     ],
 )
 def test_windows_without_fusion_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -513,6 +514,7 @@ def test_windows_without_fusion_are_refused(changes: dict[str, Any], message: st
         ({"text": ()}, "expected --text"),
         ({"lr": float("nan")}, "lr: expected 0 or more"),
         ({"decode_share": 1.5}, "decode_share: expected 0 to 1"),
+        ({"seed": 1 << 63}, r"seed: expected less than 2\^63"),
         ({"init_normalizer": float("nan")}, "init_normalizer: expected 0 to 1"),
         ({"checkpointing": True}, "checkpointing: reconstruction goes through one layer"),
     ],

@@ -118,6 +118,8 @@ class FitSettings:
                      "decode_blocks"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"seed: expected less than 2^63, got {self.seed}")
         for name in ("decode_share", "held_out", "init_normalizer"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
@@ -233,6 +235,13 @@ class TrainingPlan:
         return self.tokens - self.first_scored
 
 
+def most_decode_blocks(settings: FitSettings) -> int:
+    """Blocks that a window holds before the fusions of a step that fits decoding."""
+    cache = settings.cache
+    needed = cache.capacity + 1 + settings.decode_fusions * (cache.buffer + 1)
+    return max(0, settings.context - needed) // cache.block_size
+
+
 def training_plan(settings: FitSettings, step: int) -> TrainingPlan:
     """What step number `step` reads of its windows: blocks to the end; or, for a share of the steps, a random number of
     blocks and then tokens as decoding reads them."""
@@ -240,9 +249,8 @@ def training_plan(settings: FitSettings, step: int) -> TrainingPlan:
     rng = np.random.default_rng([settings.seed, step])
     if rng.random() >= settings.decode_share:
         return TrainingPlan(plan_forwards(context, cache.block_size, cache.capacity, cache.mem_size), 0)
-    needed = cache.capacity + 1 + settings.decode_fusions * (cache.buffer + 1)
-    most = max(0, context - needed) // cache.block_size
-    blocks = min(settings.decode_blocks, most) or int(rng.integers(min(1, most), most + 1))
+    most = most_decode_blocks(settings)
+    blocks = settings.decode_blocks or int(rng.integers(min(1, most), most + 1))
     start = blocks * cache.block_size
     plan = plan_forwards(context, cache.block_size, cache.capacity, cache.mem_size, step_from=start)
     steps = [f for f in plan if f.stepwise][: settings.decode_fusions + 1]
@@ -250,7 +258,13 @@ def training_plan(settings: FitSettings, step: int) -> TrainingPlan:
 
 
 def check_plans(settings: FitSettings) -> None:
-    """Raises ConfigError if a window never sees a fusion of either regime."""
+    """Raises ConfigError if a window never sees a fusion of either regime, or has no room for what was asked."""
+    most = most_decode_blocks(settings)
+    if settings.decode_share and settings.decode_blocks > most:
+        raise ConfigError(
+            f"decode_blocks: expected at most {most}, got {settings.decode_blocks}: a window of {settings.context}"
+            f" tokens also holds decode_fusions={settings.decode_fusions}; raise --context, or lower one of them"
+        )
     for regime, share in (("blocks", 0.0), ("decoding", 1.0)):
         if (regime == "blocks" and settings.decode_share == 1) or (regime == "decoding" and not settings.decode_share):
             continue
