@@ -854,16 +854,18 @@ def test_sessions_stepped_together_answer_as_alone(batched_bundle: Path) -> None
     """Clients come, go away in the middle, and read slowly; the others' answers are what they are alone."""
     with serving(batched_bundle, "--max-new-tokens", "100000") as server, server.client() as client:
 
-        def text(i: int) -> str:
+        def text(i: int, alone: bool = False) -> str:
             body = completion_body(prompt=f"{i} is a number", max_tokens=60, seed=i, stream=True)
             if i % 3 == 0:
                 with server.socket() as s:
                     s.sendall(raw_request(endless(prompt=f"{i} goes away")))
                     while b"data: " not in s.recv(1 << 16):
                         pass
+                if alone:
+                    server.wait_for("lococo_running_requests", 0)
             return "".join(c.choices[0].text for c in client.completions.create(**body))
 
-        alone = [text(i) for i in range(16)]
+        alone = [text(i, alone=True) for i in range(16)]
         assert len(set(alone)) == 16
         assert server.metric('lococo_step_sessions_bucket{le="1.0"}') == server.metric("lococo_step_sessions_count")
         with ThreadPoolExecutor(16) as threads, server.socket() as slow:
