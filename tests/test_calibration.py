@@ -122,15 +122,16 @@ def test_a_session_goes_on_as_the_reference(base: Checkpoint, windows: np.ndarra
         torch.testing.assert_close(mine.read(ids), expected, atol=2e-5, rtol=1e-4)
 
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("name", [*CACHES, "streaming", "full"])
-def test_prompts_side_by_side_are_prompts_alone(base: Checkpoint, name: str) -> None:
+def test_prompts_side_by_side_are_prompts_alone(base: Checkpoint, name: str, device: str) -> None:
     """Prompts of many lengths, and answers of many lengths, as a session with one prompt gives them."""
-    if name in CACHES:
-        model = with_heads(base, CACHES[name])
-        policy: Policy = policy_of(model)
-    else:
-        model = ReferenceModel(base)
-        policy = Streaming(model, 12, 4) if name == "streaming" else FullCache()
+    model = ReferenceModel(with_heads_of(base, CACHES.get(name, CACHES["h2o"])), device=device)
+    others: dict[str, Policy] = {"streaming": Streaming(model, 12, 4), "full": FullCache()}
+    policy = others.get(name) or policy_of(model)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, VOCAB, n).tolist() for n in (2, 70, 8, 13, 41, 40, 70, 3, 22, 17)]
     limits = [30, 40, 40, 1, 35, 40, 7, 40, 40, 12]
@@ -138,10 +139,10 @@ def test_prompts_side_by_side_are_prompts_alone(base: Checkpoint, name: str) -> 
     alone = []
     for prompt, limit in zip(prompts, limits, strict=True):
         session = PolicySession(model, policy, 8)
-        logits, found = session.read(torch.tensor([prompt])), []
+        logits, found = session.read(torch.tensor([prompt], device=device)), []
         while len(found) < limit and (token := int(logits[0, -1].argmax())) not in ends:
             found.append(token)
-            logits = session.read(torch.tensor([[token]]))
+            logits = session.read(torch.tensor([[token]], device=device))
         alone.append(found)
     assert len(set(map(len, alone))) > 3
     assert generate(model, policy, prompts, limits, block_size=8, batch=3) == alone
