@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import pytest
-from conftest import Backend
+from conftest import Backend, has_driver
 from lococo_runtime import Session, UnsupportedError
-
-
-def has_driver() -> bool:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")
