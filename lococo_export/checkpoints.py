@@ -135,6 +135,7 @@ class Checkpoint:
     without the heads, and without `lm_head.weight` where it is tied to the embedding. `heads` has one entry a layer for
     policy "lococo" and none for "h2o". `heads_ignored` records that the checkpoint has heads the policy does not use.
     `geometry` is the network's, `config` the slot cache's; `format` names the kind of checkpoint found in `source_dir`.
+    `sliding_window` is how many tokens the model itself looks back, where that is limited.
     """
 
     geometry: ModelGeometry
@@ -144,6 +145,7 @@ class Checkpoint:
     source_dir: Path
     format: str
     heads_ignored: bool = False
+    sliding_window: int | None = None
 
     @property
     def dtype(self) -> str:
@@ -235,7 +237,7 @@ def load_checkpoint(
     tensors = TensorMap(entries)
     _check_finite(root, tensors)
     ignored = bool(heads) and cache.policy == "h2o"
-    return Checkpoint(geometry, cache, tensors, () if ignored else heads, root, kind, ignored)
+    return Checkpoint(geometry, cache, tensors, () if ignored else heads, root, kind, ignored, window)
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------

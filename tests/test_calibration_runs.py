@@ -685,6 +685,22 @@ def test_two_processes_are_a_larger_batch(model: Path, text: Path, tmp_path: Pat
     assert "of 4 windows" in (tmp_path / "two" / "README.md").read_text()
 
 
+def test_a_sliding_window_is_no_full_cache(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beyond it the model itself sees less than a cache that keeps all."""
+    make_model(tmp_path / "model", "mistral", sliding_window=100)
+    save_tokenizer(tmp_path / "model")
+    for weights in ({}, {"distill_weight": 1.0, "reconstruction_weight": 0.0}):
+        with pytest.raises(ConfigError, match="looks back 100 tokens .*no teacher beyond"):
+            Fit(settings(tmp_path / "model", text, tmp_path / "out", context=101, **weights), show=quiet)
+        Fit(settings(tmp_path / "model", text, tmp_path / "out", context=100, **weights), show=quiet)
+    arguments = ["--model", str(tmp_path / "model"), "--text", str(text), "--mem-size", "12", "--block-size", "8",
+                 "--cache-dir", str(tmp_path)]  # fmt: skip
+    assert eval_main([*arguments, "--contexts", "64", "128"]) == 1
+    assert "a full cache of 128 goes beyond" in capsys.readouterr().err
+    assert eval_main([*arguments, "--contexts", "64", "128", "--policies", "h2o"]) == 0
+    assert eval_main([*arguments, "--contexts", "64"]) == 0
+
+
 def test_a_cpu_has_no_cuda_graphs(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="cuda_graphs: expected a CUDA GPU, but the run is on cpu"):
         Fit(settings(model, text, tmp_path / "out", cuda_graphs=True))

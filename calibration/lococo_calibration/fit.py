@@ -117,6 +117,13 @@ class Fit:
         )
         if base.format == "lococo-merged":
             raise ConfigError(f"{settings.model}: has fusion heads among its tensors; fit heads for the plain model")
+        window = base.sliding_window
+        if window and settings.context > window and (settings.reconstruction_weight or settings.distill_weight):
+            raise ConfigError(
+                f"context={settings.context}: the model looks back {window} tokens (sliding_window), so a full cache is"
+                f" no teacher beyond; expected --context {window} or less, or --reconstruction-weight 0"
+                " --distill-weight 0 --lm-weight 1"
+            )
         plain = base
         self._rope_scaling: dict[str, Any] = {}  # what config.json is to say of it
         if settings.lora or settings.positions:

@@ -62,6 +62,13 @@ def evaluate(args: argparse.Namespace, show: Show) -> Report:
     if checkpoint.config.policy == "lococo" and block != checkpoint.config.block_size:
         raise ConfigError(f"--block-size: got {block}, but the heads were fitted with {checkpoint.config.block_size}")
     policies = _policies(args, checkpoint, model, block)
+    longest = max([*(args.contexts if args.text else []), *args.passkey, *args.needle, 0])
+    window = checkpoint.sliding_window
+    if window and longest > window and "full" in args.policies:
+        raise ConfigError(
+            f"--policies full: the model looks back {window} tokens (sliding_window), which a full cache of {longest}"
+            f" goes beyond; expected contexts of at most {window}, or --policies lococo h2o streaming"
+        )
     document: dict[str, Any] = {
         "model": checkpoint.source_dir.name,
         "cache": dataclasses.asdict(checkpoint.config),
