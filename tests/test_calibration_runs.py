@@ -690,7 +690,7 @@ def test_a_sliding_window_is_no_full_cache(text: Path, tmp_path: Path, capsys: p
     make_model(tmp_path / "model", "mistral", sliding_window=100)
     save_tokenizer(tmp_path / "model")
     for weights in ({}, {"distill_weight": 1.0, "reconstruction_weight": 0.0}):
-        with pytest.raises(ConfigError, match="looks back 100 tokens .*no teacher beyond"):
+        with pytest.raises(ConfigError, match=r"looks back 100 tokens .*no teacher beyond"):
             Fit(settings(tmp_path / "model", text, tmp_path / "out", context=101, **weights), show=quiet)
         Fit(settings(tmp_path / "model", text, tmp_path / "out", context=100, **weights), show=quiet)
     arguments = ["--model", str(tmp_path / "model"), "--text", str(text), "--mem-size", "12", "--block-size", "8",
