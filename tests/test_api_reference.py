@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from commands import COMMANDS, parser_of
@@ -200,3 +201,8 @@ def test_the_pages_build_with_every_public_name(c_header: Any, tmp_path: Path) -
     assert names - anchors(tmp_path / "reference/c.html") == set()
     flags = {f"{name}-{flag}" for name, p in parsers().items() for a in p._actions for flag in a.option_strings}
     assert flags - anchors(tmp_path / "reference/cli.html") == set()
+    for page in tmp_path.rglob(
+        "*.html"
+    ):  # where a link leads outside of the site, it becomes one to a place that is not
+        within = re.findall(r'href="#([^"]+)"', page.read_text(encoding="utf-8"))
+        assert {unquote(name) for name in within} - anchors(page) == set(), page

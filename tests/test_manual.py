@@ -49,7 +49,7 @@ markdown_it = pytest.importorskip("markdown_it", reason="needs markdown-it-py; i
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SECONDS = 60  # for a server to start and to end; neither takes that long
 GPU_REASONS = ("needs a GPU", "needs onnxruntime-gpu")
-READ_ONLY = {"text", "{toctree}", "{eval-rst}"}  # the last two are tested by building the pages
+READ_ONLY = {"text", "{toctree}", "{eval-rst}", "{include}"}  # but for the first they are tested by building the pages
 
 TOOLS = ("cc", "cmake", "curl", "pkg-config")  # that a fence may use, and that are not everywhere
 OTHER_FLAGS = {"--lococo-update-baseline", "--onnxruntime"}  # of pytest, and of python -m lococo_runtime
