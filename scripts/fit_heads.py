@@ -42,7 +42,7 @@ from lococo_calibration.evaluate import (
     window_nll,
 )
 from lococo_calibration.fit import Fit
-from lococo_calibration.ruler import RulerPrompt, make_prompts, read_prompts, ruler_rows, save_prompts
+from lococo_calibration.ruler import RulerPrompt, encode_prompts, make_prompts, read_prompts, ruler_rows, save_prompts
 from lococo_calibration.settings import FitSettings, training_plan
 from lococo_runtime.bundle import LococoConfig
 from lococo_runtime.llm import load_tokenizer
@@ -548,7 +548,9 @@ def main() -> None:
     if args.ruler:
         if not args.ruler_prompts.exists():
             save_prompts(args.ruler_prompts, make_prompts(args.model, args.ruler, args.ruler_examples))
-        missing = set(args.ruler) - {p.context for p in read_prompts(args.ruler_prompts)}
+        prompts = read_prompts(args.ruler_prompts)
+        encode_prompts(prompts, load_tokenizer(args.model))  # refuses another model's
+        missing = set(args.ruler) - {p.context for p in prompts}
         if missing:
             raise SystemExit(
                 f"{args.ruler_prompts}: has no prompts of {sorted(missing)} tokens; delete it to make them"

@@ -135,6 +135,22 @@ def read_prompts(path: Path) -> list[RulerPrompt]:
         raise CorruptError(f"{path}: not prompts of RULER: {e}; make them again") from e
 
 
+def encode_prompts(prompts: Sequence[RulerPrompt], tokenizer: Any) -> list[list[int]]:
+    """Their tokens.
+
+    Raises:
+        ConfigError: the prompts' lengths go by another tokenizer.
+    """
+    ids = [tokenizer.encode(p.prompt, add_special_tokens=False).ids for p in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if len(tokens) != prompt.tokens:
+            raise ConfigError(
+                f"{prompt.task}: expected a prompt of {prompt.tokens} tokens, got {len(tokens)}: made for another"
+                " tokenizer; make the prompts again"
+            )
+    return ids
+
+
 def score(answer: str, outputs: Sequence[str]) -> float:
     """The share of `outputs` that the answer holds."""
     answer = re.sub(r"[\x00-\x1f]", "\n", answer.strip()).strip().lower()
@@ -159,13 +175,7 @@ def ruler_rows(
     Raises:
         ConfigError: the prompts' lengths go by another tokenizer.
     """
-    ids = [tokenizer.encode(p.prompt, add_special_tokens=False).ids for p in prompts]
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        if len(tokens) != prompt.tokens:
-            raise ConfigError(
-                f"{prompt.task}: expected a prompt of {prompt.tokens} tokens, got {len(tokens)}: made for another"
-                " tokenizer; make the prompts again"
-            )
+    ids = encode_prompts(prompts, tokenizer)
     limits = [p.max_new_tokens for p in prompts]
     found = generate(model, policy, ids, limits, block_size=block_size, batch=batch)
     scores: dict[tuple[str, int], list[float]] = {}
