@@ -510,6 +510,8 @@ def test_windows_without_fusion_are_refused(changes: dict[str, Any], message: st
         ({"reconstruction_weight": 0.0}, "expected one above 0"),
         ({"bptt": 0}, "bptt: expected at least 1"),
         ({"steps": "many"}, "steps: expected int"),
+        ({"tune": "norms"}, "tune: expected a list of strings, got 'norms'"),
+        ({"text": [1]}, "text: expected a list of strings"),
         ({"schedule": "linear"}, "schedule: expected one of"),
         ({"held_out": 0.0}, "--eval-every 0"),
         ({"text": ()}, "expected --text"),

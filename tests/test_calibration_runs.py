@@ -526,6 +526,9 @@ def test_configuration_files(model: Path, text: Path, tmp_path: Path, capsys: py
     config.write_text('mem-size = 12\nstps = 3\ntext = ["x"]\n')
     assert fit_main(["--config", str(config)]) == 1
     assert "unknown settings ['stps']" in capsys.readouterr().err
+    config.write_text("mem-size = 12\nmem_size = 14\n")
+    assert fit_main(["--config", str(config)]) == 1
+    assert "given twice" in capsys.readouterr().err
     values = {k.replace("_", "-"): v for k, v in SMALL.items()}
     config.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
     paths = ["--model", str(model), "--text", str(text), "-o", str(tmp_path / "out"), "--cache-dir", str(tmp_path)]

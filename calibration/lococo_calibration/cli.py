@@ -76,7 +76,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         document: dict[str, Any] = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{path}: not valid TOML: {e}") from e
-    return {key.replace("-", "_"): value for key, value in document.items()}
+    settings = {key.replace("-", "_"): value for key, value in document.items()}
+    if len(settings) < len(document):
+        raise ConfigError(f"{path}: a setting is given twice, once with hyphens and once with underscores")
+    return settings
 
 
 # --- lococo-eval ------------------------------------------------------------------------------------------------------

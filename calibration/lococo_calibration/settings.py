@@ -101,8 +101,10 @@ class FitSettings:
             value = getattr(self, f.name)
             if isinstance(f.default, float) and type(value) is int:
                 object.__setattr__(self, f.name, float(value))
-            elif isinstance(f.default, tuple) and isinstance(value, list):  # TOML has no tuples
-                object.__setattr__(self, f.name, tuple(value))
+            elif isinstance(f.default, tuple):
+                if not isinstance(value, (list, tuple)) or not all(isinstance(x, str) for x in value):
+                    raise ConfigError(f"{f.name}: expected a list of strings, got {value!r}")
+                object.__setattr__(self, f.name, tuple(value))  # TOML has no tuples
             elif type(value) is not type(f.default):
                 raise ConfigError(f"{f.name}: expected {type(f.default).__name__}, got {value!r}")
         for name in ("model", "text", "output"):
