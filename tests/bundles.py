@@ -68,9 +68,14 @@ def make_checkpoint(path: Path, cache: LococoConfig, family: str = "llama", *, s
     path.mkdir(parents=True, exist_ok=True)
     make_model(path, family, seed=seed, **changes)
     if cache.policy == "lococo":
-        geometry = load_checkpoint(path, policy="h2o", mem_size=cache.mem_size).geometry
-        heads = random_heads(geometry, cache)  # a normalizer above 1 would overflow float16 after many fusions
-        save_heads(path, cache, tuple(dataclasses.replace(h, normalizer=min(h.normalizer, 0.9)) for h in heads))
+        add_random_heads(path, cache)
+
+
+def add_random_heads(path: Path, cache: LococoConfig) -> None:
+    """To the model at `path`."""
+    geometry = load_checkpoint(path, policy="h2o", mem_size=cache.mem_size).geometry
+    heads = random_heads(geometry, cache)  # a normalizer above 1 would overflow float16 after many fusions
+    save_heads(path, cache, tuple(dataclasses.replace(h, normalizer=min(h.normalizer, 0.9)) for h in heads))
 
 
 def export_golden(name: str, target: Path, **options: Any) -> Path:
