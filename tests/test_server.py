@@ -28,6 +28,7 @@ from lococo_runtime import LLM, Batch, CancelledError, SamplingParams, SessionPo
 from lococo_server.batching import SharedSteps
 from lococo_server.cli import main as serve_main
 from lococo_server.metrics import Metrics
+from lococo_server.snapshots import Origin, Snapshots
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 from test_llm import ROOT
@@ -1061,6 +1062,42 @@ def test_a_damaged_state_is_forgotten(bundle: Path, tmp_path: Path) -> None:
     with serving(bundle, "--state-dir", str(tmp_path)) as server, server.client() as client:
         assert next_turn(client, talk).prompt_tokens_details.cached_tokens == 0
         assert server.metric("lococo_snapshot_errors_total") == 1
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_many_threads_keep_and_use_conversations(llm: LLM, tmp_path: Path, on_disk: bool) -> None:
+    """More of them than are kept, so that they are also forgotten all the time."""
+    metrics, keep = Metrics(), 3
+    directory = tmp_path / "states" if on_disk else None
+    snapshots = Snapshots(llm, keep=keep, directory=directory, in_memory=2, metrics=metrics)
+    prompts = [f"<|im_start|>user\nThis is talk number {i}.<|im_end|>\n" for i in range(6)]
+
+    def talk(seed: int) -> int:
+        order, found = np.random.default_rng(seed), 0
+        with llm.model.session() as session:
+            for number in order.integers(0, len(prompts), 40):
+                text = prompts[number]
+                ids = llm.encode(text, add_special_tokens=False)
+                read, rest = ids[:-1], ids[-1:]
+                origin = snapshots.load(session, ids, text, None)
+                if origin is None:
+                    session.reset()
+                    session.prefill(read)
+                    snapshots.save(session, Origin(None, [], b"", ids), read)
+                else:
+                    found += 1
+                    assert origin.rest == rest
+                assert session.position == len(read)
+        return found
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(talk, range(8)))
+    assert sum(found) > 0
+    assert metrics.snapshot_errors._value.get() == 0
+    assert metrics.snapshots._value.get() <= keep
+    snapshots.close()
+    if directory is not None:
+        assert 0 < len(list(directory.glob("*.state"))) <= keep
 
 
 # --- packs -----------------------------------------------------------------------------------------------------------

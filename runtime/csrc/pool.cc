@@ -307,10 +307,6 @@ void Pool::release(Session& session) {
          it->second->first.c_str());
   }
   Node& node = *it->second;
-  if (session.batch() != nullptr) {
-    session.busy = false;
-    fail(LOCOCO_ERROR_BUSY, "session \"%s\": in a batch; take it out first", node.first.c_str());
-  }
   if (session.dead) {
     drop_session(node);
     return;

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import re
 import tempfile
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from lococo_runtime import (
@@ -70,6 +71,14 @@ class Origin:
     rest: list[int]
 
 
+@dataclass
+class _Use:
+    """Of a state: who is there, or waits for it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    threads: int = 0
+
+
 class Snapshots:
     """States in a `SessionPool`, each under hashes of its tokens and of their text.
 
@@ -89,7 +98,9 @@ class Snapshots:
     ) -> None:
         self._llm, self._keep, self._metrics = llm, keep, metrics
         self._salt = llm.model.manifest.bundle_id.encode()
-        self._lock = threading.Lock()
+        self._alone = threading.Lock()
+        self._lock = threading.Lock()  # of `_used`, and of forgetting
+        self._used: dict[str, _Use] = {}  # by name; these are not forgotten
         self._temporary = None
         if directory is None:  # a pool needs one; it stays empty, as all that is kept fits in memory
             self._temporary = tempfile.TemporaryDirectory(prefix="lococo-serve-")
@@ -107,11 +118,10 @@ class Snapshots:
             pack: what the prompt is read behind.
         """
         data = text.encode()
-        with self._lock:
-            for name in sorted(self._pool.sessions(), key=_num_tokens, reverse=True):
-                origin = self._origin(name, ids, data, pack)
-                if origin is not None and self._copy(name, session):
-                    return origin
+        for name in sorted(self._pool.sessions(), key=_num_tokens, reverse=True):
+            origin = self._origin(name, ids, data, pack)
+            if origin is not None and self._copy(name, session):
+                return origin
         return None
 
     def save(self, session: Session, origin: Origin, read_ids: Sequence[int]) -> None:
@@ -124,12 +134,12 @@ class Snapshots:
         text_hash = _UNKNOWN if text is None else self._hash(text, origin.pack)
         name = f"{session.position}-{token_hash}-{len(text or b'')}-{text_hash}"
         try:
-            with self._lock:
-                with self._pool.acquire(name) as kept:
-                    kept.set_state(session.state())
+            state = session.state()
+            with self._use(name):
+                with self._pool.acquire(name, timeout=None) as kept:
+                    kept.set_state(state)
                 if self._temporary is None:
                     self._pool.flush(name)
-                self._forget_beyond_limit()
         except LococoError as e:  # the answer is good all the same, and the next turn reads everything
             self._metrics.snapshot_errors.inc()
             log.warning("a conversation was not kept: %s", e)
@@ -159,20 +169,46 @@ class Snapshots:
         return None
 
     def _copy(self, name: str, session: Session) -> bool:
-        try:
-            with self._pool.acquire(name) as kept:
-                session.set_state(kept.state())
-        except (CorruptError, VersionError, StateMismatchError) as e:
-            self._metrics.snapshot_errors.inc()
-            log.warning("a kept conversation is forgotten: %s", e)
-            self._pool.remove(name)
-            return False
+        with self._use(name):
+            if name not in self._pool:  # forgotten meanwhile
+                return False
+            try:
+                with self._pool.acquire(name, timeout=None) as kept:
+                    state = kept.state()
+            except (CorruptError, VersionError, StateMismatchError) as e:
+                self._metrics.snapshot_errors.inc()
+                log.warning("a kept conversation is forgotten: %s", e)
+                self._pool.remove(name)
+                return False
+        session.set_state(state)
         return True
+
+    @contextlib.contextmanager
+    def _use(self, name: str) -> Iterator[None]:
+        """One thread at a time for each name; without a directory one at all, so that what is kept fits in memory."""
+        with contextlib.nullcontext() if self._temporary is None else self._alone:
+            with self._lock:
+                use = self._used.setdefault(name, _Use())
+                use.threads += 1
+            try:
+                with use.lock:
+                    yield
+            finally:
+                with self._lock:
+                    use.threads -= 1
+                    if not use.threads:
+                        del self._used[name]
+                    self._forget_beyond_limit()
 
     def _forget_beyond_limit(self) -> None:
         names = [name for name in self._pool.sessions() if _NAME.fullmatch(name)]  # least recently used first
         for name in names[: max(0, len(names) - self._keep)]:
-            self._pool.remove(name)
+            if name not in self._used:
+                try:
+                    self._pool.remove(name)
+                except LococoError as e:
+                    self._metrics.snapshot_errors.inc()
+                    log.warning("a kept conversation could not be forgotten: %s", e)
         self._metrics.snapshots.set(min(len(names), self._keep))
 
     def _hash(self, data: bytes, pack: Pack | None) -> str:
