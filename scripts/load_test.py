@@ -285,7 +285,9 @@ def main() -> int:
         alone, report = asyncio.run(run())
         machine: dict[str, Any] = {"cpu_info": cpu_name(), "cpu_count": os.cpu_count(), "build_commit": build_commit()}
         if "--device" in flags:
-            machine["gpu_info"] = open_device(flags[flags.index("--device") + 1]).describe().get("gpu_info")
+            machine |= open_device(flags[flags.index("--device") + 1]).describe()
+            if args.bundle is not None:  # directories are named after TensorRT's version and the architecture
+                machine["engines"] = sorted(path.name for path in args.bundle.glob("engines/*"))
         about = {"model": target.model, "chat": args.chat, "max_tokens": args.max_tokens, "flags": flags}
         report = {**machine, **about, **report}
     bad = report["errors"] > 0 or report.get("grown_bytes", 0) > GROWTH_BYTES
