@@ -54,7 +54,7 @@ def verdicts(rows: list[dict[str, Any]]) -> str:
                       f"{best:.3f}", f"{r['perplexity']:.3f}", f"{closed:+.0%}", verdict])  # fmt: skip
     lines.sort(key=lambda line: (line[0], line[1] != "prose", line[3], int(line[4].replace(",", ""))))
     head = ["heads", "text", "M", "read", "context", "full", "better baseline", "lococo", "gap closed", ""]
-    return table(head, lines)
+    return table(head, lines) if lines else ""
 
 
 def passkeys(rows: list[dict[str, Any]]) -> str:
@@ -155,7 +155,7 @@ def run_tables(folder: Path) -> str:
         chosen = [d for d in documents.values() if ("sweep" in d.get("job", {})) == sweeps or key != "perplexity"]
         return [row for document in chosen for row in document.get(key, [])]
 
-    parts = [f"Device: {', '.join(sorted({d['device'] for d in documents.values() if 'device' in d}))}."]
+    parts = [f"Device: {', '.join(sorted({d['device'] for d in documents.values() if 'device' in d})) or 'CPU'}."]
     for title, key, render in (
         ("Training speed, alone on the device", "speed", speeds),
         ("Selections without fusion, on training documents", "selections", selections),
@@ -165,8 +165,8 @@ def run_tables(folder: Path) -> str:
         ("Pass keys found", "passkey", passkeys),
         ("RULER's tasks", "ruler", ruler),
     ):
-        if rows(key):
-            parts += [f"**{title}.**", render(rows(key))]
+        if rows(key) and (text := render(rows(key))):
+            parts += [f"**{title}.**", text]
     shared_gpu = folder.name in SIDE_BY_SIDE
     note = " (jobs ran side by side, so that seconds are not those of a GPU alone)" if shared_gpu else ""
     if any("stages" in d for d in documents.values()):
