@@ -48,7 +48,7 @@ from lococo_runtime.bundle import LococoConfig
 from lococo_runtime.llm import load_tokenizer
 from safetensors.torch import save_file
 
-from lococo_export.checkpoints import load_checkpoint
+from lococo_export.checkpoints import Checkpoint, load_checkpoint
 from lococo_export.reference import ReferenceModel, select, take_columns
 
 try:
@@ -308,10 +308,13 @@ def with_rope(model: Path, target: Path, rope: dict[str, Any]) -> Path:
     return target
 
 
-def plain_model(args: argparse.Namespace) -> ReferenceModel:
-    base = load_checkpoint(str(args.model), policy="h2o", mem_size=256, block_size=512, buffer=16)
+def load_model(checkpoint: Checkpoint) -> ReferenceModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ReferenceModel(base, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    return ReferenceModel(checkpoint, torch.bfloat16 if device == "cuda" else torch.float32, device)
+
+
+def plain_model(args: argparse.Namespace) -> ReferenceModel:
+    return load_model(load_checkpoint(str(args.model), policy="h2o", mem_size=256, block_size=512, buffer=16))
 
 
 def sweep(args: argparse.Namespace, job: dict[str, Any], record: Record) -> None:
@@ -330,7 +333,10 @@ def sweep(args: argparse.Namespace, job: dict[str, Any], record: Record) -> None
                 LococoConfig.h2o(m, block), local_len=round(variant.pop("local_share") * m),
                 score_decay=variant.pop("score_decay"), decay_per=variant.pop("decay_per", "token"),
             )  # fmt: skip
-            policies.append(Studied(cache, rule=ScoreRule(**variant)) if variant else Unfused(cache))
+            if variant:
+                policies.append(Studied(cache, rule=ScoreRule(**variant), layers=model.geometry.num_layers))
+            else:
+                policies.append(Unfused(cache))
     if torch.cuda.is_available():  # replayed forwards of decoding equal launched ones
         for policy in policies[1:3]:
             ids = measure.ids["prose"][:2, : block + 600]
@@ -385,11 +391,12 @@ def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
         policies = []
         if "rope" in job:
             args.model = with_rope(args.model, args.out / "stages" / f"{args.job}-model", job["rope"])
-        model = plain_model(args)
         if "heads" in job:
             fitted = load_checkpoint(job["heads"])
-            model = ReferenceModel(fitted, model.dtype, model.device)
+            model = load_model(fitted)
             policies += [(Fusion(fitted.config, model.heads), block) for block in job["block_sizes"]]
+        else:
+            model = plain_model(args)
         for block in job["block_sizes"]:
             policies.append((FullCache(), block))
             for m in job["mem_sizes"]:
@@ -455,13 +462,14 @@ class RuleDecay(ScoreDecay):
 
     def receive(self, weights: torch.Tensor, query_weight: torch.Tensor) -> torch.Tensor:
         weights = weights.pow(self.rule.power) if self.rule.power != 1 else weights
-        weights = weights.sum(2) if self.rule.group == "sum" else weights.amax(2)  # (R, K, n, S)
+        if self.rule.group == "max":
+            weights = weights.amax(2, keepdim=True)  # (R, K, 1, n, S)
         if self.rule.accumulate == "max":
-            return (weights * query_weight[:, None, :, None]).amax(2)
-        return (query_weight[:, None, None] @ weights).squeeze(2)
+            return (weights.sum(2) * query_weight[:, None, :, None]).amax(2)
+        return super().receive(weights, query_weight)
 
     def add(self, past: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
-        return torch.maximum(past, received) if self.rule.accumulate == "max" else past + received
+        return torch.maximum(past, received) if self.rule.accumulate == "max" else super().add(past, received)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,7 +477,7 @@ class Studied(Fusion):
     """A selection without fusion by another rule."""
 
     rule: ScoreRule = ScoreRule()
-    layers: int = 30
+    layers: int = 1
 
     @property
     def name(self) -> str:
@@ -492,13 +500,10 @@ class Studied(Fusion):
             cosine = torch.cosine_similarity(key, key.mean(2, keepdim=True), dim=-1)
             scores = scores * (1 - cosine).clamp(min=1e-3).pow(rule.key_distance)
         if rule.pool:
-            half = rule.pool_width // 2
-            if rule.pool == "avg":
-                scores = torch.nn.functional.avg_pool1d(scores, rule.pool_width, 1, half)
-            else:
-                scores = torch.nn.functional.max_pool1d(scores, rule.pool_width, 1, half)
-        m = self.mem_size
-        local = self.cache.local_len + round(m * rule.slope * (layer / (self.layers - 1) - 0.5))
+            pool = {"avg": torch.nn.functional.avg_pool1d, "max": torch.nn.functional.max_pool1d}[rule.pool]
+            scores = pool(scores, rule.pool_width, 1, rule.pool_width // 2)
+        place = layer / (self.layers - 1) - 0.5 if rule.slope else 0.0  # -0.5 to 0.5
+        local = self.cache.local_len + round(self.mem_size * rule.slope * place)
         length = torch.full(scores.shape[:1], scores.shape[2], device=scores.device)
         chosen = select(scores, length, dataclasses.replace(self.cache, local_len=local))
         return Slots(*(take_columns(x, chosen.keep) for x in (slots.key, slots.value, slots.scores)))
