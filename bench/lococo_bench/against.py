@@ -28,6 +28,7 @@ KEPT = (
     *("device", "model_filename", "model_type", "model_size", "model_n_params", "policy", "mem_size", "n_batch"),
     "copy_bytes_per_second",
 )
+MAX_DEPTH = 65536  # of transformers, whose cache grows
 IMPLEMENTATIONS = ("transformers-dynamic", "transformers-static-compile", "reference-eager", "reference-compile")
 
 
@@ -79,7 +80,7 @@ class Against:
         common: Row,
         *,
         implementations: Sequence[str] = IMPLEMENTATIONS,
-        max_depth: int = 65536,
+        max_depth: int = MAX_DEPTH,
         progress: Callable[[str], None] = lambda what: None,
     ) -> None:
         check_implementations(implementations)

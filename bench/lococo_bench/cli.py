@@ -10,9 +10,9 @@ from pathlib import Path
 from lococo_runtime import InvalidArgumentError
 from lococo_runtime.cli import backend_of, check_writable, guarded, show_step
 
-from .against import IMPLEMENTATIONS, Against, check_implementations, import_torch
+from .against import IMPLEMENTATIONS, MAX_DEPTH, Against, check_implementations, import_torch
 from .measure import Bench, Plan, Row
-from .regression import compare
+from .regression import FAIL_ABOVE, compare
 from .report import FORMATS, add_ratios, check_plot, format_rows, plot, read_rows
 
 
@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--against", metavar="A", help="torch: our reference and transformers too; or names, see docs")
     parser.add_argument("--model", type=Path, metavar="DIR", help="for --against: the bundle's checkpoint")
-    parser.add_argument("--against-max-depth", type=int, metavar="N", help="for transformers (65536)")
+    parser.add_argument("--against-max-depth", type=int, metavar="N", help=f"for transformers ({MAX_DEPTH})")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency and memory: .svg, .png, ...")
     parser.add_argument("--baseline", type=Path, metavar="JSON", help="compare medians with an earlier run")
-    parser.add_argument("--fail-above", type=float, metavar="X", help="largest ratio to it (1.05)")
+    parser.add_argument("--fail-above", type=float, metavar="X", help=f"largest ratio to it ({FAIL_ABOVE})")
     args = parser.parse_args(argv)
     return guarded(lambda: _bench(args))
 
@@ -74,7 +74,7 @@ def _bench(args: argparse.Namespace) -> int:
     )
     if not (plan.n_prompt or plan.n_gen):
         raise InvalidArgumentError("nothing to measure: expected -p or -n above 0")
-    fail_above = 1.05 if args.fail_above is None else args.fail_above
+    fail_above = FAIL_ABOVE if args.fail_above is None else args.fail_above
     if not fail_above >= 1:
         raise InvalidArgumentError(f"--fail-above: expected at least 1, got {fail_above}")
     for flag, value, needed, other in (
@@ -116,7 +116,7 @@ def _bench(args: argparse.Namespace) -> int:
             device,
             common,
             implementations=implementations,
-            max_depth=65536 if args.against_max_depth is None else args.against_max_depth,
+            max_depth=MAX_DEPTH if args.against_max_depth is None else args.against_max_depth,
             progress=show_step,
         ).run(plan):
             add(row)

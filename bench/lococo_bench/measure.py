@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 from lococo_runtime import InvalidArgumentError, Model, SamplingParams, Session
 from lococo_runtime import _c_api as c
-from lococo_runtime._c_api import library_log
 from lococo_runtime.bundle import DTYPE_BYTES, WEIGHTS_NAME, Manifest
 
 from .device import Device, cpu_name, open_device
@@ -199,7 +198,7 @@ class Bench:
         self._copy_bandwidth = self.device.copy_bandwidth()
         used: list[int] = [self.device.memory().get("device_used_bytes", 0)]
         start = time.perf_counter()
-        with library_log() as log:
+        with c.library_log() as log:
             self.model = Model(bundle, device=device, backend=backend, num_threads=num_threads)
         load_ms = 1e3 * (time.perf_counter() - start)
         used.append(self.device.memory().get("device_used_bytes", 0))
@@ -380,7 +379,7 @@ class Bench:
 
     def _warm_up(self) -> dict[str, int] | None:
         """Runs everything that is repeated; None, or the nodes of the graphs that were captured, by name."""
-        with library_log() as log:
+        with c.library_log() as log:
             self._prefill(self._random(self._filling))
             for token in self._random(2 * self._window):
                 self._step(int(token))

@@ -11,6 +11,7 @@ from lococo_runtime import InvalidArgumentError
 from .measure import Row
 from .report import test_key, test_name
 
+FAIL_ABOVE = 1.05  # times as long as before
 HARDWARE = ("device", "gpu_info", "cpu_info", "n_threads", "power_mode")
 MODEL = ("backend", "model_type", "policy", "mem_size", "n_batch")
 SUMMARIES = ("ttft_ms", "plain_step_ms", "fusion_step_ms", "window_ms_per_token")
@@ -62,7 +63,7 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(baseline: Sequence[Row], rows: Sequence[Row], fail_above: float = 1.05) -> Comparison:
+def compare(baseline: Sequence[Row], rows: Sequence[Row], fail_above: float = FAIL_ABOVE) -> Comparison:
     """Compares the medians of every test that both runs have, if the hardware is the same.
 
     Args:
