@@ -160,8 +160,8 @@ class Fit:
         self.held_out: dict[str, float] = {}
         if resume:
             self._load_state()
-        elif settings.init_from and (Path(settings.init_from) / STATE_NAME).is_file():
-            self._begin_with(Path(settings.init_from) / STATE_NAME)
+        elif self._other_run is not None:
+            self._begin_with(self._other_run)
 
     def _check_targets(self, resume: bool) -> None:
         state = self.folder / STATE_NAME
@@ -172,9 +172,15 @@ class Fit:
         if state.exists() and not resume and not self.force:
             raise TargetExistsError(f"{state}: an unfinished run; pass --resume to go on, or --force to start anew")
 
+    @property
+    def _other_run(self) -> Path | None:
+        """The state that `init_from` is the folder of; None if it names a checkpoint, or nothing."""
+        path = Path(self.settings.init_from) / STATE_NAME
+        return path if self.settings.init_from and path.is_file() else None
+
     def _start(self) -> tuple[HeadWeights, ...]:
         s, cache = self.settings, self.settings.cache
-        if not s.init_from or (Path(s.init_from) / STATE_NAME).is_file():
+        if not s.init_from or self._other_run is not None:
             return initial_heads(self._base.geometry, cache, seed=s.seed, std=s.init_std, normalizer=s.init_normalizer)
         start = load_checkpoint(s.init_from)
         free = {"block_size", "buffer", "local_len", "activation", "score_decay", "decay_per"}
