@@ -93,9 +93,8 @@ def _build_engines(bundle: Path) -> None:
         print(f"building TensorRT engines here, for {target.device}; --no-engines leaves them out", file=sys.stderr)
         print(build_engines(bundle, recipe, target, progress=show_step))
     except UnsupportedError as e:
-        then = (
-            "" if target is None else f"\nThen run here: lococo-build {shlex.quote(str(bundle))}"
-        )  # else the error names the place
+        # without a target the error itself says where to build
+        then = "" if target is None else f"\nThen run here: lococo-build {shlex.quote(str(bundle))}"
         print(f"note: no TensorRT engines were built: {e}{then}", file=sys.stderr)
 
 

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from bundles import export_text
+from conftest import Backend
 from lococo_runtime import LLM
 from test_bench import changed, plugin_options
 from test_server import serving
@@ -42,8 +42,8 @@ def run(path: str, *arguments: str | Path, cwd: Path, stdin: str = "") -> subpro
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_text(tmp_path_factory.mktemp("examples") / "bundle")
+def bundle(cpu: Backend) -> Path:
+    return cpu.bundle("text")
 
 
 @pytest.fixture(scope="module")

@@ -297,7 +297,7 @@ void Executor::finish() { check(cudaStreamSynchronize(stream_.get()), "run the g
 double Executor::run_window(int64_t position, int32_t* ids) {
   const int32_t window = backend_.window();
   const bool follows = keeps_;
-  if (!keeps_) copy(l_.fused, l_.cache, l_.cache_bytes);
+  if (!follows) copy(l_.fused, l_.cache, l_.cache_bytes);
   keeps_ = false;
   write_inputs(window_inputs_, nullptr, 1, position, b_.mem_size);
   auto* ring = static_cast<int32_t*>(ring_.get());
