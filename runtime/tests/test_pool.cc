@@ -222,10 +222,10 @@ void refusing() {
   CHECK_ERROR(LOCOCO_ERROR_BUSY, ("\"b\"", "another thread"), pool.release(b));
   b.busy = false;
   pool.release(a);
+  other.join();  // which had the buffers of `a`
   CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("not released yet"), pool.release(a));
   Session own(model);
   CHECK_ERROR(LOCOCO_ERROR_INVALID_ARGUMENT, ("from this pool"), pool.release(own));
-  other.join();
   CHECK_EQ(pool.list().size(), 2u);
   CHECK_EQ(b.position(), 0);
   pool.release(b);
