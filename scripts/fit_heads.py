@@ -8,8 +8,8 @@ seconds: then steps are counted from a measurement before it, and what came out 
 with a list `sweep` measures selections without fusion, on documents of the training part, so that the choice among them
 has not seen the held-out ones. A job with neither measures the baselines, and the fitted checkpoint that `heads` names.
 Every figure is written to the folder of --out as soon as it is there: to a JSON file named after the job, and the heads
-to a folder of that name. Jobs use the device one after the other; with --parallel 2 the next one loads meanwhile.
---share lets them use it at once.
+to a folder of that name. Jobs use a device one after the other; with --parallel 2 the next one loads meanwhile.
+--share lets them use it at once. With --devices 4 they spread over four GPUs.
 """
 
 from __future__ import annotations
@@ -365,7 +365,7 @@ def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
     record.add("job", job)
     if any("lora" in stage for stage in job.get("stages", [])):
         importlib.import_module("peft")  # takes seconds, which others can use
-    lock = (args.out / "device.lock").open("w")
+    lock = (args.out / f"device{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock").open("w")
     if not args.share:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the process ends
         print(f"== {args.job}: has the device, {record.left():.0f} s left", flush=True)
@@ -523,7 +523,8 @@ def main() -> None:
     add("--corpus", type=Path, required=True, help="folder with train/ and held_out/{prose,code}")
     add("--out", type=Path, required=True)
     add("--budget-seconds", type=float, default=480)
-    add("--parallel", type=int, default=2, help="jobs loaded at once")
+    add("--devices", type=int, default=1, help="GPUs, the first ones")
+    add("--parallel", type=int, default=2, help="jobs loaded at once, of a GPU")
     add("--share", action="store_true", help="jobs use the device at once: each is 3 to 5 times as slow")
     add("--jobs", nargs="*", help="only these")
     add("--context", type=int, default=8192, help="tokens of held-out windows")
@@ -562,24 +563,28 @@ def main() -> None:
             )
     waiting = [j["name"] for j in plan["job"] if not args.jobs or j["name"] in args.jobs]
     alone = {j["name"] for j in plan["job"] if "speed" in j}
-    running: dict[str, subprocess.Popen[bytes]] = {}
+    running: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}  # device and process
     failed: list[str] = []
     while waiting or running:
-        for name, process in list(running.items()):
+        for name, (_, process) in list(running.items()):
             if process.poll() is not None:
                 print(f"== {name}: exit {process.returncode}, {deadline - time.time():.0f} s left", flush=True)
                 del running[name]
                 failed += [name] * (process.returncode != 0)
         late = time.time() > deadline
         if late:
-            for process in running.values():
+            for _, process in running.values():
                 process.kill()
             waiting.clear()
         busy = set(running) & alone
-        if waiting and not busy and len(running) < (1 if waiting[0] in alone else args.parallel):
-            name = waiting.pop(0)
-            print(f"== {name}: starts, {deadline - time.time():.0f} s left", flush=True)
-            running[name] = subprocess.Popen([sys.executable, *sys.argv, "--job", name, "--deadline", str(deadline)])
+        loads = [sum(d == device for d, _ in running.values()) for device in range(args.devices)]
+        if waiting and not busy and (not running if waiting[0] in alone else min(loads) < args.parallel):
+            name, device = waiting.pop(0), loads.index(min(loads))
+            where = f", GPU {device}" if args.devices > 1 else ""
+            print(f"== {name}: starts, {deadline - time.time():.0f} s left{where}", flush=True)
+            env = os.environ | ({"CUDA_VISIBLE_DEVICES": str(device)} if args.devices > 1 else {})
+            command = [sys.executable, *sys.argv, "--job", name, "--deadline", str(deadline)]
+            running[name] = device, subprocess.Popen(command, env=env)
         time.sleep(0.2)
     if failed:
         raise SystemExit(f"failed or cut off: {', '.join(failed)}")

@@ -1038,9 +1038,10 @@ mem_sizes = [12]
     command = [sys.executable, str(scripts / "fit_heads.py"), str(plan), "--model", str(model), "--corpus", str(corpus),
                "--out", str(out), "--context", "256", "--step-context", "256", "--windows", "1", "--passkey", "500",
                "--trials", "1", "--needle", "400", "--ruler", "90", "120", "--ruler-examples", "2",
-               "--budget-seconds", "300"]  # fmt: skip
+               "--budget-seconds", "300", "--devices", "2", "--parallel", "1"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
+    assert {(out / f"device{i}.lock").exists() for i in range(2)} == {True}  # a GPU each
     record = json.loads((out / "m12.json").read_text())
     assert record["done"], done.stdout + done.stderr
     assert [s["settings"]["steps"] for s in record["stages"]] == [3, 2]
