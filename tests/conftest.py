@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 from lococo_runtime import _c_api
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of the onnxruntime that some tests import
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: what tests start would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(p.name for p in GOLDEN.iterdir() if (p / "args.json").exists())

@@ -312,6 +312,24 @@ def test_closed_session(plain_bundle: Path) -> None:
             use()
 
 
+def test_onnx_runtime_collects_nothing(plain_bundle: Path, tmp_path: Path) -> None:
+    """Since 1.29 it keeps what it reports to its makers in the user's cache folder."""
+
+    def files(name: str, **environment: str) -> list[Path]:
+        home = tmp_path / name
+        home.mkdir()
+        kept = {k: v for k, v in os.environ.items() if k.startswith("LOCOCO_") or k in ("PATH", "PYTHONPATH")}
+        command = "import sys; from lococo_runtime import Session; Session(sys.argv[1]).step(5)"
+        subprocess.run(
+            [sys.executable, "-c", command, plain_bundle], env=kept | {"HOME": str(home)} | environment, check=True
+        )
+        return [path for path in home.rglob("*") if path.is_file()]
+
+    if not files("asked", ORT_DISABLE_TELEMETRY="0"):
+        pytest.skip("this ONNX Runtime collects nothing anyway")
+    assert files("silent") == []
+
+
 def test_two_threads_in_one_session(session: Session) -> None:
     refused, started = [], threading.Event()
 

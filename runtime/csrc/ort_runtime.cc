@@ -59,6 +59,8 @@ const Runtime& Runtime::get(const BackendOptions& options) {
 
   const std::lock_guard<std::mutex> lock(mutex);
   if (runtime != nullptr && options.library.empty() && options.num_threads == 0) return *runtime;
+  // Since 1.29 it reports to its makers what runs where, unless it is told not to before its environment is made.
+  if (runtime == nullptr) ::setenv("ORT_DISABLE_TELEMETRY", "1", 0);
   std::string path;
   void* library = runtime != nullptr && options.library.empty() ? loaded_library : load_library(options, path);
   if (runtime != nullptr) {

@@ -76,7 +76,8 @@ typedef struct lococo_options {
   const char* backend; /* "onnxruntime" (default; CUDA needs its GPU build), "tensorrt": engines of lococo-build */
   const char* backend_library; /* onnxruntime: path of libonnxruntime; default: $LOCOCO_ONNXRUNTIME, then the loader's
                                 * search path. tensorrt: path of liblococo_trt; default: $LOCOCO_TRT_LIBRARY, then
-                                * beside liblococo */
+                                * beside liblococo. The first model that loads ONNX Runtime sets
+                                * $ORT_DISABLE_TELEMETRY=1, where it is not set: nothing is collected or sent */
   int32_t num_threads; /* intra-op threads; 0 = one per physical core. The first model decides for the process */
   int32_t skip_hashes; /* 1 = check file sizes only, not their sha256 */
 } lococo_options;
