@@ -201,8 +201,7 @@ def test_the_pages_build_with_every_public_name(c_header: Any, tmp_path: Path) -
     assert names - anchors(tmp_path / "reference/c.html") == set()
     flags = {f"{name}-{flag}" for name, p in parsers().items() for a in p._actions for flag in a.option_strings}
     assert flags - anchors(tmp_path / "reference/cli.html") == set()
-    for page in tmp_path.rglob(
-        "*.html"
-    ):  # where a link leads outside of the site, it becomes one to a place that is not
+    # a link out of the site becomes one within its page, to a place that is not
+    for page in tmp_path.rglob("*.html"):
         within = re.findall(r'href="#([^"]+)"', page.read_text(encoding="utf-8"))
         assert {unquote(name) for name in within} - anchors(page) == set(), page

@@ -603,12 +603,15 @@ def test_documents_the_heads_were_fitted_on_are_refused(
     assert "fitted on every one" in capsys.readouterr().err
 
 
-def test_a_damaged_record_is_refused(fitted: Path, text: Path, tmp_path: Path) -> None:
+def test_a_damaged_record_is_refused(
+    fitted: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(fitted, copy)
     (copy / "lococo_fit.json").write_text('{"trained_on": [1]}')
     args = ["--model", str(copy), "--text", str(text), "--cache-dir", str(tmp_path / "c")]
     assert eval_main(args) == 1
+    assert "lococo_fit.json: not a record of lococo-fit" in capsys.readouterr().err
 
 
 def test_passkey_prompts(model: Path) -> None:
@@ -1041,7 +1044,7 @@ mem_sizes = [12]
                "--budget-seconds", "300", "--devices", "2", "--parallel", "1"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
-    assert {(out / f"device{i}.lock").exists() for i in range(2)} == {True}  # a GPU each
+    assert all((out / f"device{i}.lock").exists() for i in range(2))  # a GPU each
     record = json.loads((out / "m12.json").read_text())
     assert record["done"], done.stdout + done.stderr
     assert [s["settings"]["steps"] for s in record["stages"]] == [3, 2]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lococo_runtime import InvalidArgumentError
-from lococo_runtime._exceptions import ConfigError, OutOfMemoryError
+from lococo_runtime._exceptions import ConfigError
 from lococo_runtime.bundle import storage_error
 from lococo_runtime.cli import guarded, read_text
 
@@ -47,19 +47,15 @@ def fit_main(argv: Sequence[str] | None = None) -> int:
 
 def _fit(given: dict[str, Any]) -> int:
     from .fit import Fit
-    from .settings import FitSettings, out_of_memory
+    from .settings import FitSettings, memory_advice
 
     config, resume, force, only = (given.pop(k) for k in ("config", "resume", "force", "estimate_only"))
     settings = {**(_read_toml(config) if config else {}), **given}
     names = {f.name for f in dataclasses.fields(FitSettings)}
     if settings.keys() - names:
         raise ConfigError(f"{config}: unknown settings {sorted(settings.keys() - names)}; known: {sorted(names)}")
-    try:
+    with memory_advice(lambda: "out of memory while the model was loaded: expected a larger device"):
         fit = Fit(FitSettings(**settings), resume=resume, force=force, progress=sys.stderr.isatty())
-    except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
-            raise
-        raise OutOfMemoryError("out of memory while the model was loaded: expected a larger device") from e
     output = fit.run(estimate_only=only)
     if not only and fit.workers.first:
         ppl = ", ".join(f"{k} {v:.3f}" for k, v in fit.held_out.items())
@@ -123,7 +119,7 @@ def eval_main(argv: Sequence[str] | None = None) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from .report import evaluate
-    from .settings import out_of_memory
+    from .settings import memory_advice
 
     if args.needle and not args.text:
         raise InvalidArgumentError("--needle: expected --text, whose documents are the haystack")
@@ -134,14 +130,9 @@ def _eval(args: argparse.Namespace) -> int:
             raise InvalidArgumentError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if min(args.contexts) < 4:
         raise InvalidArgumentError(f"--contexts: expected at least 4 tokens, got {min(args.contexts)}")
-    try:
+    advice = f"out of memory: lower --batch (now {args.batch}) or the contexts, or pass --dtype bf16"
+    with memory_advice(lambda: advice):
         report = evaluate(args, lambda line: print(line, file=sys.stderr, flush=True))
-    except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
-            raise
-        raise OutOfMemoryError(
-            f"out of memory: lower --batch (now {args.batch}) or the contexts, or pass --dtype bf16"
-        ) from e
     print(report.text)
     if args.json:
         try:

@@ -6,6 +6,7 @@ with c/2 to c - 1 tokens before them, so that a line over c shows what longer co
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -85,8 +86,8 @@ class PolicySession:
     @torch.inference_mode()
     def read(self, ids: Tensor, *, last_only: bool = False) -> Tensor:
         """Logits (B, T, V) float32 of ids (B, T); (B, 1, V) of the last one alone with `last_only`."""
-        hidden = list(self.forwards(ids))
-        kept = hidden[-1][:, -1:] if last_only else torch.cat(hidden, 1)
+        hidden = collections.deque(self.forwards(ids), maxlen=1 if last_only else None)
+        kept = hidden[-1][:, -1:] if last_only else torch.cat(list(hidden), 1)
         logits: Tensor = self._reader.model.lm_head(kept).float()
         return logits
 

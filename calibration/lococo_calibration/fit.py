@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from lococo_runtime import CorruptError, LococoError, NotFoundError
-from lococo_runtime._exceptions import ConfigError, OutOfMemoryError, TargetExistsError, UnsupportedError
+from lococo_runtime._exceptions import ConfigError, TargetExistsError, UnsupportedError
 from lococo_runtime._process import memory_bytes
 from lococo_runtime.bundle import publish_directory, sha256_file, storage_error
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ from .settings import (
     TrainingPlan,
     check_plans,
     choose_device,
-    out_of_memory,
+    memory_advice,
     training_plan,
 )
 from .workers import Workers
@@ -375,26 +375,27 @@ class Fit:
         # softmax gradients are full of denormals, which made the convolutions' backward pass 10 times slower on a CPU
         torch.set_flush_denormal(self.model.device.type == "cpu")
         try:
-            self._describe()
-            if self.step < s.steps:
-                self.show(self.estimate())
-            if not estimate_only:
-                self._train()
-                if self.workers.first:
-                    self.publish()
-                self.workers.wait()
-        except (RuntimeError, MemoryError) as e:
-            if not out_of_memory(e):
-                raise
-            raise OutOfMemoryError(
-                f"out of memory on {self.model.device} at step {self.step}: lower --batch (now {s.batch}; raise"
-                f" --accumulate to make up for it), --context (now {s.context}), --bptt (now {s.bptt}) or"
-                f" --layers-at-once (now {s.layers_at_once})"
-                + ("; or pass --checkpointing" if s.through_model and not s.checkpointing else "")
-            ) from e
+            with memory_advice(self._what_to_lower):
+                self._describe()
+                if self.step < s.steps:
+                    self.show(self.estimate())
+                if not estimate_only:
+                    self._train()
+                    if self.workers.first:
+                        self.publish()
+                    self.workers.wait()
         finally:
             torch.set_flush_denormal(False)
         return self.output
+
+    def _what_to_lower(self) -> str:
+        s = self.settings
+        return (
+            f"out of memory on {self.model.device} at step {self.step}: lower --batch (now {s.batch}; raise"
+            f" --accumulate to make up for it), --context (now {s.context}), --bptt (now {s.bptt}) or"
+            f" --layers-at-once (now {s.layers_at_once})"
+            + ("; or pass --checkpointing" if s.through_model and not s.checkpointing else "")
+        )
 
     def _describe(self) -> None:
         s, g = self.settings, self._base.geometry

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from lococo_runtime import LococoError
-from lococo_runtime._exceptions import ConfigError, UnsupportedError
+from lococo_runtime._exceptions import ConfigError, OutOfMemoryError, UnsupportedError
 from lococo_runtime.bundle import LococoConfig
 
 from .blocks import Forward, plan_forwards
@@ -181,11 +183,17 @@ NOT_COMPARED = (
 """Settings that a resumed run may change; what lies behind the paths is compared by its contents."""
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this is what a device or the machine says when no memory is left."""
-    if isinstance(error, LococoError):  # says what to do already
-        return False
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+@contextlib.contextmanager
+def memory_advice(advice: Callable[[], str]) -> Iterator[None]:
+    """Raises OutOfMemoryError with `advice` where a device or the machine has no memory left."""
+    try:
+        yield
+    except LococoError:  # says what to do already
+        raise
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+            raise OutOfMemoryError(advice()) from e
+        raise
 
 
 def choose_device(name: str) -> torch.device:

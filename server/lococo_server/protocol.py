@@ -260,9 +260,9 @@ def describe_requests(schemas: Json, *, models: list[str], max_tokens: int, voca
     for text in _find(fields["prompt"], "type", "string"):
         text["minLength"] = min_prompt
     for texts in _find(fields["prompt"], "type", "array"):
-        texts |= (
-            {"minItems": 1} if texts["items"].get("type") == "integer" else {"minItems": 1, "maxItems": _MAX_PROMPTS}
-        )
+        texts["minItems"] = 1
+        if texts["items"].get("type") != "integer":
+            texts["maxItems"] = _MAX_PROMPTS
     fields["max_tokens"]["default"] = min(_DEFAULT_TOKENS, max_tokens)
     fields["best_of"] = {"enum": [1, None]}  # as many as n would do, which is nothing to ask for
     both = _either(_null("best_of"), {"properties": {"n": {"enum": [1, None]}}})
