@@ -211,6 +211,44 @@ def join_columns(past: Tensor, new: Tensor, length: Tensor, num_tokens: Tensor) 
     return joined.masked_fill(dead if both.dim() == 3 else dead[..., None], 0)
 
 
+Columns = tuple[Tensor, Tensor, Tensor]  # keys, values (B, K, ..., d) and scores (B, K, ...) of one layer
+
+
+def update_layer(
+    past: Columns,
+    new: Columns,
+    length: Tensor,
+    num_tokens: Tensor,
+    cache: LococoConfig,
+    head: FusionHead | None,
+    fuse: bool,
+) -> tuple[Columns, FusedSlots | None, Columns]:
+    """One layer's part of an update.
+
+    Args:
+        past: the C slots, `length` (B,) of them live.
+        new: the n tokens' columns, `num_tokens` (B,) of them valid.
+        fuse: whether any row may have more than C live columns then.
+
+    Returns:
+        All S columns in order, their fusion, and the C slots after the update.
+    """
+    slots = past[0].shape[2]
+    key, value, scores = (join_columns(p, x, length, num_tokens) for p, x in zip(past, new, strict=True))
+    if not fuse:
+        return (key, value, scores), None, (key[:, :, :slots], value[:, :, :slots], scores[:, :, :slots])
+    total = length + num_tokens
+    fused = fuse_slots(key, value, scores, total, cache, head)
+    row = (total > slots)[:, None, None]
+    pad = slots - cache.mem_size
+    after = (
+        torch.where(row[..., None], F.pad(fused.key, (0, 0, 0, pad)), key[:, :, :slots]),
+        torch.where(row[..., None], F.pad(fused.value, (0, 0, 0, pad)), value[:, :, :slots]),
+        torch.where(row, F.pad(fused.scores, (0, pad)), scores[:, :, :slots]),
+    )
+    return (key, value, scores), fused, after
+
+
 # --- the decoder ------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +386,7 @@ class ReferenceModel(nn.Module):
     """
 
     inv_freq: Tensor
+    update_layer = staticmethod(update_layer)  # a compiled one may take its place
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -461,30 +500,21 @@ class ReferenceModel(nn.Module):
         fired = total > slots  # (B,) bool
         if fuse is None:
             fuse = bool(fired.any())
-        keys, values, scores = [], [], []
+        columns: list[Columns] = []
         for i in range(self.geometry.num_layers):
-            key = join_columns(state.keys[i], result.new_keys[i], state.length, num_tokens)
-            value = join_columns(state.values[i], result.new_values[i], state.length, num_tokens)
             received = result.scores[i]
-            score = join_columns(received[:, :, :slots], received[:, :, slots:], state.length, num_tokens)
-            if fuse:
-                head = self.heads[i] if self.heads else None
-                fused = fuse_slots(key, value, score, total, self.cache, head)
-                if on_fusion:
-                    on_fusion(FusionEvent(i, fired, total, key, value, score, fused))
-                row = fired[:, None, None]
-                pad = slots - self.cache.mem_size
-                key = torch.where(row[..., None], F.pad(fused.key, (0, 0, 0, pad)), key[:, :, :slots])
-                value = torch.where(row[..., None], F.pad(fused.value, (0, 0, 0, pad)), value[:, :, :slots])
-                score = torch.where(row, F.pad(fused.scores, (0, pad)), score[:, :, :slots])
-            keys.append(key[:, :, :slots])
-            values.append(value[:, :, :slots])
-            scores.append(score[:, :, :slots])
+            past = (state.keys[i], state.values[i], received[:, :, :slots])
+            new = (result.new_keys[i], result.new_values[i], received[:, :, slots:])
+            head = self.heads[i] if self.heads else None
+            before, fused, after = self.update_layer(past, new, state.length, num_tokens, self.cache, head, fuse)
+            if on_fusion and fused:
+                on_fusion(FusionEvent(i, fired, total, *before, fused))
+            columns.append(after)
         last = num_tokens - 1 if result.logits.shape[1] > 1 else torch.zeros_like(num_tokens)
         return LococoState(
-            keys,
-            values,
-            scores if state.scores else [],
+            keys=[key for key, _, _ in columns],
+            values=[value for _, value, _ in columns],
+            scores=[score for _, _, score in columns] if state.scores else [],
             length=torch.where(fired, self.cache.mem_size, total),
             position=state.position + num_tokens,
             logits=result.logits[torch.arange(batch, device=last.device), last],

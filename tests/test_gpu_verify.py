@@ -53,6 +53,28 @@ def test_cuda_graphs_of_the_reference_are_its_steps(tmp_path: Path) -> None:
     torch.testing.assert_close(follower.state.keys[0], session.state.keys[0])
 
 
+def test_compiled_reference_steps_are_its_steps(tmp_path: Path) -> None:
+    """By Inductor, layer by layer, each step a CUDA graph: what --against reference-compile measures."""
+    import torch
+    from lococo_bench.against import _ReferenceSteps
+
+    from lococo_export import load_checkpoint
+    from lococo_export.reference import ReferenceModel, ReferenceSession
+
+    case = unpack_golden(GOLDEN_NAMES[0], tmp_path / "checkpoint")
+    model = ReferenceModel(load_checkpoint(case.path, **case.load_args), device="cuda:0")
+    with torch.no_grad():
+        steps, session = _ReferenceSteps(torch, model, True), ReferenceSession(model)
+        steps.start(0)
+        token = 0
+        for _ in range(100):
+            steps()
+            token = int(session.step(token).argmax())
+            assert int(steps.ids) == token
+    assert set(steps.graphs) == {False, True}
+    torch.testing.assert_close(steps.state.keys[0], session.state.keys[0])
+
+
 def test_bench_measures_a_gpu() -> None:
     from lococo_bench import Bench, Plan
 
