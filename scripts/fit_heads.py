@@ -57,6 +57,8 @@ except ModuleNotFoundError:
     import tomli as tomllib
 
 KINDS = ("prose", "code")
+PATHS = ("model", "text", "output", "cache_dir", "init_from")
+"""Settings of a machine, not of a recipe."""
 
 
 class Record:
@@ -244,7 +246,8 @@ def fit(job: dict[str, Any], common: dict[str, Any], args: argparse.Namespace, r
                 record.add("log", [{"stage": number, **{k: v for k, v in entry.items() if k != "layers"}}])
         elapsed = time.time() - since
         record.add("stages", [{
-            "settings": {k: v for k, v in given.items() if v != getattr(FitSettings, k, None)} | {"steps": steps},
+            "settings": {k: v for k, v in given.items() if v != getattr(FitSettings, k, None) and k not in PATHS}
+            | {"steps": steps},
             "seconds": elapsed, "tokens_per_second": tokens / elapsed, "seconds_a_step": each,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
         }])  # fmt: skip

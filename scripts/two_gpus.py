@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lococo_bench.device import open_device
+from lococo_bench.measure import build_commit
+
 WARM = 2
 LOSSES: dict[str, dict[str, Any]] = {
     "reconstruction": {},
@@ -108,7 +111,9 @@ def main() -> None:
             subprocess.run(command, check=True)
             results.append(json.loads(target.read_text(encoding="utf-8")))
     one, several = (r.pop("losses") for r in results)
-    document = {**results[0], "processes": args.processes, "batch": args.batch, "set": args.set, "losses": {}}
+    described = open_device("cpu" if results[0]["device"] == "cpu" else "cuda:0").describe()
+    about = {"commit": build_commit(), **{k: described.get(k) for k in ("driver_version", "cpu_info")}}
+    document = {**results[0], **about, "processes": args.processes, "batch": args.batch, "set": args.set, "losses": {}}
     for name in args.losses:
         differences = [abs(b / a - 1) for a, b in zip(one[name]["losses"], several[name]["losses"], strict=True)]
         factor = {k: several[name]["tokens_per_second"][k] / v for k, v in one[name]["tokens_per_second"].items()}
