@@ -132,6 +132,21 @@ class Measure:
         self.record.add("perplexity", rows)
         self.record.add("seconds", [{"what": f"{policy.name} {policy.mem_size} {regime}", "seconds": seconds}])
 
+    def every(self, policy: Policy, block: int, context: int, job: str) -> None:
+        """Many windows of one length, where one evicted name cannot decide."""
+        for kind in KINDS:
+            corpus = self._corpus(self.args.corpus / "held_out" / kind)
+            windows = choose_windows(corpus, context, self.args.every)
+            ids, documents = corpus.read(windows, context), [corpus.names[d] for d, _ in windows]
+            for regime in ("block", "step") if policy.capacity is not None else ("block",):
+                step_from = block if regime == "step" else None
+                nll = window_nll(self.model, policy, ids, block_size=block, step_from=step_from, batch=len(windows))
+                what = {"policy": policy.name, "mem_size": policy.mem_size, "regime": regime, "backend": "pytorch"}
+                (row,) = as_json(perplexity_rows(nll, [context], documents, **what))
+                self.record.add("every", [{"job": job, "kind": kind, "block_size": block, **row}])
+                print(f"{job} {policy.name} M={policy.mem_size} {regime} {kind}, {len(windows)} windows of {context}:"
+                      f" {row['perplexity']:.3f}", flush=True)  # fmt: skip
+
     def long(self, policy: Policy, block: int, tokens: int, job: str) -> None:
         """Perplexity of every 4,096 tokens of a long stretch of prose."""
         corpus = self._corpus(self.args.corpus / "held_out" / "prose")
@@ -186,6 +201,8 @@ class Measure:
         pieces += [(f"ruler {c}", lambda c=c: self.ruler(policy, block, c, job)) for c in a.ruler]
         if policy.capacity is not None:
             pieces.append(("step", lambda: self.perplexity(policy, block, "step", step_contexts, job)))
+        if a.every:
+            pieces.append(("every", lambda: self.every(policy, block, contexts[0], job)))
         if a.long and policy.capacity is not None:
             pieces.append(("long", lambda: self.long(policy, block, a.long, job)))
         for name, piece in pieces:
@@ -534,6 +551,7 @@ def main() -> None:
     add("--step-context", type=int, default=8192, help="tokens of them read one by one")
     add("--long", type=int, default=0, help="tokens of prose to read in one go; 0: none")
     add("--windows", type=int, default=8, help="of either kind of text")
+    add("--every", type=int, default=0, help="windows of the shortest context, of either kind; 0: none")
     add("--eval-batch", type=int, default=16)
     add("--passkey", type=int, nargs="*", default=[2048, 4096])
     add("--needle", type=int, nargs="*", default=[], help="contexts of held-out prose to hide a key in")

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lococo_calibration.evaluate import paired_difference
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BASELINES = ("h2o", "streaming")
 SIDE_BY_SIDE = ("first-look", "reported")
@@ -54,6 +56,22 @@ def verdicts(rows: list[dict[str, Any]]) -> str:
                       f"{best:.3f}", f"{r['perplexity']:.3f}", f"{closed:+.0%}", verdict])  # fmt: skip
     lines.sort(key=lambda line: (line[0], line[1] != "prose", line[3], int(line[4].replace(",", ""))))
     head = ["heads", "text", "M", "read", "context", "full", "better baseline", "lococo", "gap closed", ""]
+    return table(head, lines) if lines else ""
+
+
+def differences(rows: list[dict[str, Any]]) -> str:
+    """Every policy of a job against the baselines over many windows, with paired standard errors."""
+    at = {(r["policy"], r["mem_size"], r["regime"], r["kind"]): r for r in rows if r["job"] == "baselines"}
+    lines: list[list[str]] = []
+    for r in sorted(rows, key=lambda r: (r["mem_size"], r["kind"] != "prose", r["regime"])):
+        others = [at.get((b, r["mem_size"], r["regime"], r["kind"])) for b in BASELINES]
+        if r["job"] == "baselines" or not all(others):
+            continue
+        cells = ["{:+.2f} % ± {:.2f}".format(*paired_difference(r["window_nll"], o["window_nll"])) for o in others if o]
+        windows = f"{len(r['window_nll'])} of {r['context']:,}"
+        lines.append([r["job"], r["policy"], r["kind"], str(r["mem_size"]), r["regime"], windows,
+                      f"{r['perplexity']:.3f}", *cells])  # fmt: skip
+    head = ["heads", "policy", "text", "M", "read", "windows", "perplexity", *(f"against {b}" for b in BASELINES)]
     return table(head, lines) if lines else ""
 
 
@@ -161,6 +179,7 @@ def run_tables(folder: Path) -> str:
         ("Selections without fusion, on training documents", "selections", selections),
         ("Against the better baseline", "perplexity", verdicts),
         ("Perplexity", "perplexity", perplexity),
+        ("Over many windows, with standard errors", "every", differences),
         ("Long stretches of prose, read in blocks", "long", long_stretches),
         ("Pass keys found", "passkey", passkeys),
         ("RULER's tasks", "ruler", ruler),

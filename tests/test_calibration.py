@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from lococo_calibration.blocks import (
     plan_forwards,
     read_uncompressed,
 )
-from lococo_calibration.evaluate import PolicySession, check_contexts, perplexity_rows, read_forwards, window_nll
+from lococo_calibration.evaluate import (
+    PolicySession,
+    check_contexts,
+    difference_table,
+    paired_difference,
+    perplexity_rows,
+    read_forwards,
+    window_nll,
+)
 from lococo_calibration.generate import generate
 from lococo_calibration.heads import TrainableHead, initial_heads
 from lococo_calibration.losses import Losses
@@ -225,6 +234,27 @@ def test_perplexity_counts_the_second_half_of_a_context() -> None:
     assert rows[0].tokens == 8
     assert rows[0].perplexity == pytest.approx(4.0)
     assert rows[0].by_document == pytest.approx({"a": 4.0, "b": 4.0})
+    assert rows[0].window_nll == pytest.approx([math.log(4)] * 2)
+
+
+def test_differences_are_paired_by_window() -> None:
+    """Windows differ by far more than policies do on one of them."""
+    percent, error = paired_difference([1.01, 5.01, 9.04], [1.0, 5.0, 9.0])
+    assert percent == pytest.approx(100 * math.expm1(0.02))
+    assert error == pytest.approx(100 * np.std([0.01, 0.01, 0.04], ddof=1) / math.sqrt(3))
+    assert math.isnan(paired_difference([1.0], [2.0])[1])
+
+    nll = {"lococo": [1.0, 2.0], "h2o": [1.1, 2.1], "full": [0.9, 1.9]}
+    rows = []
+    for policy, size, regime in (("full", 0, "block"), ("lococo", 4, "step"), ("h2o", 4, "step"), ("h2o", 6, "step")):
+        each = np.repeat(np.float32(nll[policy])[:, None], 7, 1)
+        what = {"policy": policy, "mem_size": size, "regime": regime, "backend": "pytorch"}
+        rows += perplexity_rows(each, [8], ["a", "b"], **what)
+    lines = difference_table(rows).splitlines()
+    assert len(lines) == 4  # not another M
+    assert [c.strip() for c in lines[2].split("|")[1:-1]] == ["full", "4", "step", "+10.52 % ± 0.00"]
+    assert [c.strip() for c in lines[3].split("|")[1:-1]] == ["h2o", "4", "step", "-9.52 % ± 0.00"]
+    assert difference_table(rows[:1]) == ""
 
 
 # --- H2O and StreamingLLM by hand -------------------------------------------------------------------------------------

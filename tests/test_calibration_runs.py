@@ -1041,7 +1041,7 @@ mem_sizes = [12]
     command = [sys.executable, str(scripts / "fit_heads.py"), str(plan), "--model", str(model), "--corpus", str(corpus),
                "--out", str(out), "--context", "256", "--step-context", "256", "--windows", "1", "--passkey", "500",
                "--trials", "1", "--needle", "400", "--ruler", "90", "120", "--ruler-examples", "2",
-               "--budget-seconds", "300", "--devices", "2", "--parallel", "1"]  # fmt: skip
+               "--every", "3", "--budget-seconds", "300", "--devices", "2", "--parallel", "1"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     assert all((out / f"device{i}.lock").exists() for i in range(2))  # a GPU each
@@ -1058,6 +1058,14 @@ mem_sizes = [12]
     row = next(r for r in record["perplexity"] if (r["context"], r["regime"], r["kind"]) == (256, "block", "code"))
     assert f"| {row['perplexity']:.3f} |" in text_of
     assert len([line for line in text_of.splitlines() if line.startswith("| m12 | code | 12 | step | 256")]) == 1
+    ours, theirs = (
+        next(r for r in json.loads((out / f"{name}.json").read_text())["every"]
+             if (r["policy"], r["kind"], r["regime"]) == (policy, "prose", "step"))
+        for name, policy in (("m12", "lococo"), ("baselines", "h2o"))
+    )  # fmt: skip
+    assert len(ours["window_nll"]) == len(theirs["window_nll"]) == 3
+    percent = 100 * (ours["perplexity"] / theirs["perplexity"] - 1)
+    assert f"| 3 of 256 | {ours['perplexity']:.3f} | {percent:+.2f} % ± " in text_of
     # answers of the heads that were saved, one prompt after the other; the first two of each
     loaded = load_checkpoint(out / "stages" / "m12-1")
     reference = ReferenceModel(loaded)

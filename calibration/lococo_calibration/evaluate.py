@@ -248,6 +248,8 @@ class PerplexityRow:
     nll: float
     perplexity: float
     by_document: dict[str, float]
+    window_nll: list[float]
+    """Mean of each window, in nats a token."""
 
 
 def perplexity_rows(
@@ -260,9 +262,23 @@ def perplexity_rows(
         names = np.array(documents)
         by_document = {name: math.exp(part[names == name].mean()) for name in sorted(set(documents))}
         mean = float(part.mean())
-        rows.append(PerplexityRow(**what, context=context, tokens=part.size, nll=mean,
-                                  perplexity=math.exp(mean), by_document=by_document))  # fmt: skip
+        rows.append(PerplexityRow(**what, context=context, tokens=part.size, nll=mean, perplexity=math.exp(mean),
+                                  by_document=by_document, window_nll=part.mean(1).tolist()))  # fmt: skip
     return rows
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """How much smaller or larger a perplexity is than another on the same windows, and the standard error of that.
+
+    Args:
+        ours, theirs: `window_nll` of each, in nats a token.
+
+    Returns:
+        Both in percent; the error is nan with fewer than two windows.
+    """
+    d = np.subtract(ours, theirs)
+    error = float(d.std(ddof=1)) / math.sqrt(d.size) if d.size > 1 else math.nan
+    return 100 * math.expm1(float(d.mean())), 100 * error
 
 
 def choose_windows(corpus: Corpus, context: int, count: int, documents: Sequence[int] | None = None) -> list[Window]:
@@ -420,6 +436,28 @@ def perplexity_table(rows: Sequence[PerplexityRow]) -> str:
     contexts = sorted({r.context for r in rows})
     cells = {(_label(r), r.context): f"{r.perplexity:.3f}" for r in rows}
     return _table(["policy", "M", "regime", "on"], [_label(r) for r in rows], contexts, cells)
+
+
+def difference_table(rows: Sequence[PerplexityRow]) -> str:
+    """Markdown: lococo's perplexity against that of every other policy, in percent, with standard errors; "" for none.
+
+    What lies within two standard errors is decided by a few tokens: an evicted name can cost twelve nats.
+    """
+    measured = [r for r in rows if r.backend == "pytorch"]
+    others = {(r.policy, r.mem_size, r.regime, r.context): r for r in measured if r.policy != "lococo"}
+    cells, labels = {}, []
+    for r in (r for r in measured if r.policy == "lococo"):
+        for policy, mem_size, regime in dict.fromkeys(key[:3] for key in others):
+            other = others.get((policy, mem_size, regime, r.context))
+            # the full cache has one regime
+            if other and (mem_size == 0 or (mem_size, regime) == (r.mem_size, r.regime)):
+                percent, error = paired_difference(r.window_nll, other.window_nll)
+                label = (policy, str(r.mem_size), r.regime)
+                labels.append(label)
+                cells[label, r.context] = f"{percent:+.2f} %" + ("" if math.isnan(error) else f" ± {error:.2f}")
+    if not cells:
+        return ""
+    return _table(["lococo against", "M", "regime"], labels, sorted({c for _, c in cells}), cells)
 
 
 def passkey_table(rows: Sequence[PasskeyRow]) -> str:

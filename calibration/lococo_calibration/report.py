@@ -27,6 +27,7 @@ from .evaluate import (
     as_json,
     check_contexts,
     choose_windows,
+    difference_table,
     passkey_model,
     passkey_prompts,
     passkey_rows,
@@ -82,7 +83,7 @@ def evaluate(args: argparse.Namespace, show: Show) -> Report:
     if args.text:
         rows, about = _perplexity(args, checkpoint, model, policies, block, show)
         document |= {**about, "perplexity": as_json(rows)}
-        parts += [perplexity_table(rows), *_agreement(rows)]
+        parts += [perplexity_table(rows), *filter(None, [difference_table(rows)]), *_agreement(rows)]
     if args.passkey or args.needle:
         found = _passkey(args, checkpoint, model, policies, block, show)
         document["passkey"] = as_json(found)
