@@ -48,7 +48,7 @@ from lococo_runtime.bundle import LococoConfig
 from lococo_runtime.llm import load_tokenizer
 from safetensors.torch import save_file
 
-from lococo_export.checkpoints import Checkpoint, load_checkpoint
+from lococo_export.checkpoints import Checkpoint, HeadWeights, load_checkpoint
 from lococo_export.reference import ReferenceModel, select, take_columns
 
 try:
@@ -425,6 +425,8 @@ def work(plan: dict[str, Any], args: argparse.Namespace) -> None:
                 for variant in job.get("unfused", []):
                     cache = dataclasses.replace(LococoConfig.h2o(m, block), **variant)
                     policies.append((Unfused(cache), block))
+                for variant in job.get("verbatim", []):
+                    policies.append((Verbatim.of(model, LococoConfig(mem_size=m, block_size=block, **variant)), block))
     measure = Measure(model, args, record)
     for policy, block in policies:
         measure.all(policy, block, args.job)
@@ -450,6 +452,20 @@ class Unfused(Fusion):
     @property
     def name(self) -> str:
         return "unfused " + " ".join(f"{k}={getattr(self.cache, k)}" for k in ("local_len", "score_decay", "decay_per"))
+
+
+class Verbatim(Fusion):
+    """Fusions that mix nothing: what mixed slots would be anchored on stands last, as it is."""
+
+    @classmethod
+    def of(cls, model: ReferenceModel, cache: LococoConfig) -> Verbatim:
+        g, mixed = model.geometry, cache.num_mixed
+        weight = torch.zeros(mixed, 2 * g.head_dim, cache.kernel_size, dtype=model.dtype, device=model.device)
+        return cls(cache, [HeadWeights(0.0, ((weight, weight[:, 0, 0]),))] * g.num_layers)
+
+    @property
+    def name(self) -> str:
+        return "verbatim " + " ".join(f"{k}={getattr(self.cache, k)}" for k in ("keep", "local_len", "score_decay"))
 
 
 @dataclasses.dataclass(frozen=True)

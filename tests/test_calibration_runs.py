@@ -1033,6 +1033,14 @@ stages = [{steps=3}, {steps=2, reconstruction_weight=0.0, distill_weight=1.0}]
 name = "baselines"
 block_sizes = [8]
 mem_sizes = [12]
+[[job]]
+name = "order"
+block_sizes = [8]
+mem_sizes = [12]
+unfused_only = true
+pieces = ["block"]
+unfused = [{local_len=0, score_decay=0.9}]
+verbatim = [{keep=9, local_len=0, score_decay=0.9, kernel_size=5}]
 """)
     scripts = Path(__file__).resolve().parent.parent / "scripts"
     prompts = [RulerPrompt(task, context, random_text(context - 20 - i, i), context - 20 - i, list("aeT9~Z"), 9 + i)
@@ -1058,6 +1066,11 @@ mem_sizes = [12]
     row = next(r for r in record["perplexity"] if (r["context"], r["regime"], r["kind"]) == (256, "block", "code"))
     assert f"| {row['perplexity']:.3f} |" in text_of
     assert len([line for line in text_of.splitlines() if line.startswith("| m12 | code | 12 | step | 256")]) == 1
+    # without recent slots the order of slots does not matter, and nothing is mixed
+    order = json.loads((out / "order.json").read_text())["perplexity"]
+    unfused, verbatim = ([r["nll"] for r in order if r["policy"].startswith(p)] for p in ("unfused", "verbatim"))
+    assert len(unfused) == 2
+    assert verbatim == pytest.approx(unfused, rel=1e-6)
     ours, theirs = (
         next(r for r in json.loads((out / f"{name}.json").read_text())["every"]
              if (r["policy"], r["kind"], r["regime"]) == (policy, "prose", "step"))
