@@ -307,7 +307,7 @@ class _Follower:
         if self.graph is None:
             self.state = state
         else:
-            _copy(self.graph.state, state)
+            copy_state(self.graph.state, state)
 
 
 class _StepGraph:
@@ -326,7 +326,7 @@ class _StepGraph:
             with torch.cuda.graph(self.forward):
                 self.result: ForwardResult = model(self.ids, self.state)
             with torch.cuda.graph(self.append):
-                _copy(self.state, model.update(self.state, self.result, fuse=False))
+                copy_state(self.state, model.update(self.state, self.result, fuse=False))
 
     def read(self, ids: Tensor) -> ForwardResult:
         self.ids.copy_(ids)
@@ -602,7 +602,8 @@ def _distance(ours: tuple[Tensor, Tensor], theirs: FusedSlots) -> float:
     return float(sum((a.float() - b.float()).norm() for a, b in zip(ours, (theirs.key, theirs.value), strict=True)))
 
 
-def _copy(into: LococoState, state: LococoState) -> None:
+def copy_state(into: LococoState, state: LococoState) -> None:
+    """Writes `state` into the tensors of `into`."""
     for name in ("keys", "values", "scores"):
         for target, source in zip(getattr(into, name), getattr(state, name), strict=True):
             target.copy_(source)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from lococo_calibration.blocks import FullCache, Fusion, Policy, ScoreDecay, Slots, Streaming
 from lococo_calibration.data import Corpus, load_corpus
@@ -59,6 +60,8 @@ except ModuleNotFoundError:
 KINDS = ("prose", "code")
 PATHS = ("model", "text", "output", "cache_dir", "init_from")
 """Settings of a machine, not of a recipe."""
+Texts = dict[str, tuple[npt.NDArray[Any], list[str]]]
+"""Of each kind: token ids (N, T), and the document of each window."""
 
 
 class Record:
@@ -97,55 +100,50 @@ class Measure:
         self, model: ReferenceModel, args: argparse.Namespace, record: Record, *, validation: bool = False
     ) -> None:
         self.model, self.args, self.record = model, args, record
-        self.ids, self.documents = {}, {}
+        self.texts = self._of_training() if validation else self._held_out(args.context, args.windows)
+
+    def _of_training(self) -> Texts:
+        args, texts = self.args, {}
+        corpus = self._corpus(args.corpus / "train")
+        long = np.diff(corpus.offsets) >= 2 * args.context
         for kind in KINDS:
-            if validation:
-                corpus = self._corpus(args.corpus / "train")
-                long = np.diff(corpus.offsets) >= 2 * args.context
-                wanted = [d for d, name in enumerate(corpus.names) if long[d] and kind_of(name) == kind]
-                documents = wanted[:: max(1, len(wanted) // args.windows)][: args.windows]
-                windows = [(d, int(corpus.offsets[d]) + args.context) for d in documents]
-            else:
-                corpus = self._corpus(args.corpus / "held_out" / kind)
-                windows = choose_windows(corpus, args.context, args.windows)
-            self.ids[kind] = corpus.read(windows, args.context)
-            self.documents[kind] = [corpus.names[d] for d, _ in windows]
+            wanted = [d for d, name in enumerate(corpus.names) if long[d] and kind_of(name) == kind]
+            documents = wanted[:: max(1, len(wanted) // args.windows)][: args.windows]
+            windows = [(d, int(corpus.offsets[d]) + args.context) for d in documents]
+            texts[kind] = corpus.read(windows, args.context), [corpus.names[d] for d in documents]
+        return texts
+
+    def _held_out(self, context: int, count: int) -> Texts:
+        texts = {}
+        for kind in KINDS:
+            corpus = self._corpus(self.args.corpus / "held_out" / kind)
+            windows = choose_windows(corpus, context, count)
+            texts[kind] = corpus.read(windows, context), [corpus.names[d] for d, _ in windows]
+        return texts
 
     def _corpus(self, folder: Path) -> Corpus:
         size = self.model.geometry.vocab_size
         return load_corpus([folder], self.args.model, size, cache_dir=self.args.out / "tokens")
 
-    def perplexity(self, policy: Policy, block: int, regime: str, contexts: list[int], job: str) -> None:
-        """Both kinds of text in one batch."""
-        longest = contexts[-1]
-        ids = np.concatenate([self.ids[kind][:, :longest] for kind in KINDS])
+    def perplexity(
+        self, policy: Policy, block: int, regime: str, contexts: list[int], job: str, many: Texts | None = None
+    ) -> None:
+        """Both kinds of text in one batch; of `many` windows no evicted name decides, and they are recorded apart."""
+        texts, longest = many or self.texts, contexts[-1]
+        ids = np.concatenate([texts[kind][0][:, :longest] for kind in KINDS])
         since, step_from = time.time(), block if regime == "step" else None
         nll = window_nll(self.model, policy, ids, block_size=block, step_from=step_from, batch=self.args.eval_batch)
         seconds = time.time() - since
         what = {"policy": policy.name, "mem_size": policy.mem_size, "regime": regime, "backend": "pytorch"}
-        rows, split = [], len(self.ids[KINDS[0]])
+        rows, split = [], len(texts[KINDS[0]][0])
         for kind, part in zip(KINDS, (nll[:split], nll[split:]), strict=True):
-            found = as_json(perplexity_rows(part, contexts, self.documents[kind], **what))
+            found = as_json(perplexity_rows(part, contexts, texts[kind][1], **what))
             rows += [{"job": job, "kind": kind, "block_size": block, **row} for row in found]
             line = " ".join(f"{row['perplexity']:.3f}" for row in found)
-            print(f"{job} {policy.name} M={policy.mem_size} B={block} {regime} {kind}: {line}", flush=True)
-        self.record.add("perplexity", rows)
+            about = f"{kind}, {len(part)} windows" if many else kind
+            print(f"{job} {policy.name} M={policy.mem_size} B={block} {regime} {about}: {line}", flush=True)
+        self.record.add("every" if many else "perplexity", rows)
         self.record.add("seconds", [{"what": f"{policy.name} {policy.mem_size} {regime}", "seconds": seconds}])
-
-    def every(self, policy: Policy, block: int, context: int, job: str) -> None:
-        """Many windows of one length, where one evicted name cannot decide."""
-        for kind in KINDS:
-            corpus = self._corpus(self.args.corpus / "held_out" / kind)
-            windows = choose_windows(corpus, context, self.args.every)
-            ids, documents = corpus.read(windows, context), [corpus.names[d] for d, _ in windows]
-            for regime in ("block", "step") if policy.capacity is not None else ("block",):
-                step_from = block if regime == "step" else None
-                nll = window_nll(self.model, policy, ids, block_size=block, step_from=step_from, batch=len(windows))
-                what = {"policy": policy.name, "mem_size": policy.mem_size, "regime": regime, "backend": "pytorch"}
-                (row,) = as_json(perplexity_rows(nll, [context], documents, **what))
-                self.record.add("every", [{"job": job, "kind": kind, "block_size": block, **row}])
-                print(f"{job} {policy.name} M={policy.mem_size} {regime} {kind}, {len(windows)} windows of {context}:"
-                      f" {row['perplexity']:.3f}", flush=True)  # fmt: skip
 
     def long(self, policy: Policy, block: int, tokens: int, job: str) -> None:
         """Perplexity of every 4,096 tokens of a long stretch of prose."""
@@ -202,7 +200,9 @@ class Measure:
         if policy.capacity is not None:
             pieces.append(("step", lambda: self.perplexity(policy, block, "step", step_contexts, job)))
         if a.every:
-            pieces.append(("every", lambda: self.every(policy, block, contexts[0], job)))
+            many = self._held_out(contexts[0], a.every)
+            for regime in ("block", "step") if policy.capacity is not None else ("block",):
+                pieces.append(("every", lambda r=regime: self.perplexity(policy, block, r, contexts[:1], job, many)))
         if a.long and policy.capacity is not None:
             pieces.append(("long", lambda: self.long(policy, block, a.long, job)))
         for name, piece in pieces:
@@ -359,7 +359,7 @@ def sweep(args: argparse.Namespace, job: dict[str, Any], record: Record) -> None
                 policies.append(Unfused(cache))
     if torch.cuda.is_available():  # replayed forwards of decoding equal launched ones
         for policy in policies[1:3]:
-            ids = measure.ids["prose"][:2, : block + 600]
+            ids = measure.texts["prose"][0][:2, : block + 600]
             both = [window_nll(model, policy, ids, block_size=block, step_from=block, graphs=g) for g in (False, True)]
             off = float(np.abs(both[0] - both[1]).max())
             record.add("graphs", [{"policy": policy.name, "largest_difference": off}])

@@ -142,7 +142,7 @@ def speeds(rows: list[dict[str, Any]]) -> str:
 
 
 def stages(documents: dict[str, Any]) -> str:
-    hidden = ("eval_every", "held_out", "init_from", "steps", "heads_dtype")
+    hidden = ("eval_every", "held_out", "steps", "heads_dtype")
     lines = []
     for name, document in documents.items():
         for number, stage in enumerate(document.get("stages", [])):

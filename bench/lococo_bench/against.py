@@ -21,7 +21,7 @@ from .measure import Clock, Plan, Row, installed_version, summary_ms, timing
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lococo_export.reference import LococoState, ReferenceModel
+    from lococo_export.reference import ReferenceModel
 
 SECONDS = 5.0  # repetitions end after this, but not before the first
 CHUNK = 4096  # tokens read at once on the way to a depth
@@ -254,7 +254,7 @@ class Against:
 def compile_by_layer(torch: Any, model: ReferenceModel) -> ReferenceModel:
     """A copy over the same weights whose layers run compiled: one compilation for all layers, and two for updates.
 
-    As one graph, the steps of 30 layers and their fusions took Inductor more than three minutes.
+    Inductor takes minutes for the steps of 30 layers as one graph, most of all for those with fusions.
     """
     copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for layer in copied.model.layers:
@@ -269,15 +269,12 @@ class _ReferenceSteps:
     """Greedy steps of the reference model, over tensors of their own; compiled ones are CUDA graphs on a GPU."""
 
     def __init__(self, torch: Any, model: ReferenceModel, compiled: bool) -> None:
+        from lococo_export.verify import to_device
+
         self.torch, self.model = torch, compile_by_layer(torch, model) if compiled else model
         self.capacity, self.mem_size = model.cache.capacity, model.cache.mem_size
         self.live = 0
-        empty = model.empty_state()
-        self.tensors = [t.clone() for t in self._flatten(empty)]
-        n = model.geometry.num_layers
-        self.state = type(empty)(
-            self.tensors[:n], self.tensors[n : 2 * n], self.tensors[2 * n : -3], *self.tensors[-3:]
-        )
+        self.state = to_device(model.empty_state(), model.device, copy=True)
         self.ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self.graphs: dict[bool, Any] = {}
         if compiled and model.device.type == "cuda":
@@ -285,9 +282,10 @@ class _ReferenceSteps:
 
     def start(self, depth: int) -> None:
         """At a position, with as many live slots as there may be; their contents do not matter to the time."""
+        from lococo_export.verify import copy_state
+
         self.live = min(depth, self.mem_size)
-        for tensor in self.tensors:
-            tensor.zero_()
+        copy_state(self.state, self.model.empty_state())
         self.state.length.fill_(self.live)
         self.state.position.fill_(depth)
         self.ids.zero_()
@@ -313,10 +311,10 @@ class _ReferenceSteps:
         }
 
     def _step(self, fuse: bool) -> None:
+        from lococo_export.verify import copy_state
+
         result = self.model(self.ids, self.state, return_all=False)
-        new = self.model.update(self.state, result, fuse=fuse)
-        for old, tensor in zip(self.tensors, self._flatten(new), strict=True):
-            old.copy_(tensor)
+        copy_state(self.state, self.model.update(self.state, result, fuse=fuse))
         self.ids.copy_(result.logits.argmax(-1))
 
     def _capture(self, fuse: bool) -> Any:
@@ -332,7 +330,3 @@ class _ReferenceSteps:
             with torch.cuda.graph(graph):
                 self._step(fuse)
         return graph
-
-    @staticmethod
-    def _flatten(state: LococoState) -> list[Tensor]:
-        return [*state.keys, *state.values, *state.scores, state.length, state.position, state.logits]
