@@ -17,6 +17,7 @@ from lococo_runtime.bundle import Manifest, TensorSpec
 from torch import Tensor
 
 from .checkpoints import Checkpoint, load_checkpoint
+from .cuda_graphs import capture
 from .onnx_writer import TORCH_DTYPES
 from .reference import ForwardResult, FusedSlots, LococoState, ReferenceModel, fuse_slots, join_columns
 from .selection import taken_selection
@@ -314,19 +315,18 @@ class _StepGraph:
     """A forward of one token over buffers of its own as a CUDA graph, and its append as another."""
 
     def __init__(self, model: ReferenceModel, state: LococoState) -> None:
+        self._model = model
         self.ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self.state = to_device(state, model.device, copy=True)
-        with torch.cuda.device(model.device):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries set themselves up outside a capture
-                model.update(self.state, model(self.ids, self.state), fuse=False)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.forward, self.append = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.forward):
-                self.result: ForwardResult = model(self.ids, self.state)
-            with torch.cuda.graph(self.append):
-                copy_state(self.state, model.update(self.state, self.result, fuse=False))
+        self.result: ForwardResult
+        self.forward = capture(self._read, model.device)
+        self.append = capture(lambda: copy_state(self.state, self._appended()), model.device, warm_up=self._appended)
+
+    def _read(self) -> None:
+        self.result = self._model(self.ids, self.state)
+
+    def _appended(self) -> LococoState:
+        return self._model.update(self.state, self.result, fuse=False)
 
     def read(self, ids: Tensor) -> ForwardResult:
         self.ids.copy_(ids)

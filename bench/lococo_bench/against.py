@@ -6,6 +6,7 @@ All of them decode greedily, one token after the other, with the token chosen on
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -278,7 +279,9 @@ class _ReferenceSteps:
         self.ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self.graphs: dict[bool, Any] = {}
         if compiled and model.device.type == "cuda":
-            self.graphs = {fuse: self._capture(fuse) for fuse in (False, True)}
+            from lococo_export.cuda_graphs import capture
+
+            self.graphs = {fuse: capture(functools.partial(self._step, fuse), model.device) for fuse in (False, True)}
 
     def start(self, depth: int) -> None:
         """At a position, with as many live slots as there may be; their contents do not matter to the time."""
@@ -316,17 +319,3 @@ class _ReferenceSteps:
         result = self.model(self.ids, self.state, return_all=False)
         copy_state(self.state, self.model.update(self.state, result, fuse=fuse))
         self.ids.copy_(result.logits.argmax(-1))
-
-    def _capture(self, fuse: bool) -> Any:
-        torch = self.torch
-        with torch.cuda.device(self.model.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # compiles, and libraries set themselves up
-                for _ in range(2):
-                    self._step(fuse)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step(fuse)
-        return graph

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lococo_export.cuda_graphs import capture
 from lococo_export.reference import Attention, ReferenceModel
 
 from .blocks import BlockReader, Fusion, Slots, append, attend, read_uncompressed, visible_columns
@@ -196,16 +197,8 @@ class GraphedBatch:
 
     def __init__(self, losses: Losses, plan: TrainingPlan, ids: Tensor, share: float) -> None:
         self.ids, self.into = ids.clone(), losses.new()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries set themselves up in a first run; gradients come to exist
-                losses.backward(self.ids, plan, share, self.into)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.empty_cache()  # a graph has memory of its own
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            losses.backward(self.ids, plan, share, self.into)
+        # gradients come to exist in the runs before the capture
+        self.graph = capture(lambda: losses.backward(self.ids, plan, share, self.into), ids.device)
 
     def backward(self, ids: Tensor, into: StepLosses) -> None:
         """Adds to the gradients, and the losses to `into`."""
