@@ -124,6 +124,9 @@ def verify_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
     parser.add_argument("--atol", type=float, help="largest difference of logits")
     parser.add_argument("--free-running", action="store_true", help="do not hand the state over at fusions")
+    parser.add_argument(
+        "--dump", type=Path, metavar="DIR", help="if it diverges: that forward's graph and inputs, for Polygraphy"
+    )
     parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin")
     args = parser.parse_args(argv)
     return guarded(lambda: _verify(args))
@@ -139,7 +142,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     from .onnx_writer import TORCH_DTYPES
     from .reference import ReferenceModel
-    from .verify import Tolerance, checkpoint_of, perplexities, verify_bundle
+    from .verify import Tolerance, checkpoint_of, dump_forward, perplexities, require_dump, verify_bundle
 
     for flag, value, least in (
         ("--prefill", args.prompt_tokens, 1),
@@ -162,6 +165,8 @@ def _verify(args: argparse.Namespace) -> int:
         session = Session(args.bundle, device=args.device, backend=backend)
     with session:
         manifest = session.model.manifest
+        if args.dump is not None:
+            require_dump(manifest, args.dump)
         checkpoint = checkpoint_of(manifest, args.model, allow_pickle=args.allow_pickle)
         tolerance = Tolerance.for_dtype(manifest.dtype)
         if args.atol is not None:
@@ -180,6 +185,8 @@ def _verify(args: argparse.Namespace) -> int:
             progress=show,
         )
         print(report)
+        if args.dump is not None and report.divergence is not None:
+            print(f"every tensor of that forward: {dump_forward(args.bundle, manifest, report.divergence, args.dump)}")
         used = [line for line in log if line.startswith(("TensorRT ", "ONNX Runtime "))]  # versions, device, engines
         print("; ".join([*used, f"PyTorch {torch.__version__}", producer("lococo-verify")]))
         print(f"{backend} on {args.device}, {time.perf_counter() - start:.0f} s")

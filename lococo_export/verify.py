@@ -6,14 +6,21 @@ import dataclasses
 import functools
 import math
 import os
+import shlex
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import onnx
+import onnx.inliner
 import torch
 import torch.nn.functional as F
-from lococo_runtime import ConfigError, InvalidArgumentError, LococoError, Session
-from lococo_runtime.bundle import Manifest, TensorSpec
+from lococo_runtime import ConfigError, InvalidArgumentError, LococoError, Session, TargetExistsError, UnsupportedError
+from lococo_runtime.bundle import GraphSpec, Manifest, publish_directory
 from torch import Tensor
 
 from .checkpoints import Checkpoint, load_checkpoint
@@ -24,6 +31,7 @@ from .selection import taken_selection
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_DTYPES = {**TORCH_DTYPES, "int32": torch.int32, "int64": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -50,13 +58,18 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first forward that is out of tolerance, the first tensor that is, and what is known of the cause."""
+    """The first forward that is out of tolerance, the first tensor that is, and what is known of the cause.
+
+    `state` is the saved state in front of that forward, `tokens` what it read.
+    """
 
     position: int
     forward: str
     tensor: str
     detail: str
-    findings: tuple[str, ...] = ()
+    findings: tuple[str, ...]
+    state: bytes = field(repr=False)
+    tokens: tuple[int, ...] = field(repr=False)
 
     def __str__(self) -> str:
         first = f"first divergence: {self.forward} ending at position {self.position:,}, {self.tensor}: {self.detail}"
@@ -218,7 +231,7 @@ def verify_bundle(
         outcome = comparison.forward(piece, following)
         if outcome.wrong:
             found = _first_bad_forward(comparison, common, since, outcome.wrong)
-            report.divergence = found[0] if third is None else _ask(third, comparison, found)
+            report.divergence = found if third is None else _ask(third, comparison, found)
             return report
         if outcome.state is not None and not free_running:
             common, since = outcome.state, []
@@ -463,11 +476,8 @@ class _Comparison:
 
 def _first_bad_forward(
     comparison: _Comparison, common: bytes, pieces: list[list[int]], seen: tuple[str, str]
-) -> tuple[Divergence, bytes, list[int]]:
-    """Reads `pieces` once more from the state `common`, both sides from the same state before each of them.
-
-    Also returns the state in front of the forward that is named, and its tokens.
-    """
+) -> Divergence:
+    """Reads `pieces` once more from the state `common`, both sides from the same state before each of them."""
     session, reference, manifest = comparison.session, comparison.reference, comparison.manifest
     again = _Comparison(session, reference, Report(comparison.report.tolerance))
     first = comparison.report.forwards - len(pieces)
@@ -482,9 +492,9 @@ def _first_bad_forward(
             findings = [_where(tensor, manifest.model.num_layers, outcome.by_fusion)]
             if "not finite" in detail:
                 findings.append(_overflow(reference.model, read_state(manifest, before), piece))
-            return Divergence(session.position, kind, tensor, detail, tuple(findings)), before, piece
+            return Divergence(session.position, kind, tensor, detail, tuple(findings), before, tuple(piece))
     finding = "no forward is out of tolerance when both sides start from the same state: small differences add up"
-    return Divergence(session.position, kind, *seen, (finding,)), before, piece
+    return Divergence(session.position, kind, *seen, (finding,), before, tuple(piece))
 
 
 def _kind(number: int, piece: list[int], fuses: bool) -> str:
@@ -538,17 +548,14 @@ def _overflow(model: ReferenceModel, state: LococoState, piece: list[int]) -> st
     )
 
 
-def _ask(
-    third: Callable[[], Session], comparison: _Comparison, found: tuple[Divergence, bytes, list[int]]
-) -> Divergence:
+def _ask(third: Callable[[], Session], comparison: _Comparison, divergence: Divergence) -> Divergence:
     """Adds what another backend says of the first bad forward."""
-    divergence, before, piece = found
     try:
         with third() as session:
-            session.set_state(before)
-            comparison.reference.take_over(read_state(comparison.manifest, before))
+            session.set_state(divergence.state)
+            comparison.reference.take_over(read_state(comparison.manifest, divergence.state))
             again = _Comparison(session, comparison.reference, Report(comparison.report.tolerance))
-            outcome = again.forward(piece, columns=True)
+            outcome = again.forward(list(divergence.tokens), columns=True)
     except LococoError as e:
         finding = f"another backend could not be asked: {e}"
         return dataclasses.replace(divergence, findings=(*divergence.findings, finding))
@@ -560,14 +567,68 @@ def _ask(
     return dataclasses.replace(divergence, findings=(*divergence.findings, finding))
 
 
+def require_dump(manifest: Manifest, target: Path) -> None:
+    """What `dump_forward` will need.
+
+    Raises:
+        TargetExistsError: `target` exists.
+        UnsupportedError: Polygraphy is missing, or the bundle is bfloat16, which numpy and so Polygraphy's files lack.
+    """
+    if target.exists():
+        raise TargetExistsError(f"{target}: already exists; choose another directory")
+    if manifest.dtype == "bfloat16":
+        raise UnsupportedError(f"{target}: Polygraphy's files hold no bfloat16; export as float16 or float32")
+    if find_spec("polygraphy") is None:
+        raise UnsupportedError(f"{target}: its inputs are written by Polygraphy: pip install polygraphy")
+
+
+def dump_forward(bundle: Path, manifest: Manifest, divergence: Divergence, target: Path) -> str:
+    """Writes the graph of the forward that diverged, without functions, its weights and its inputs to a new directory.
+
+    Args:
+        bundle: of `manifest`.
+        target: gets model.onnx, its weights, and inputs.json, which `polygraphy run --load-inputs` reads.
+
+    Returns:
+        The command by which Polygraphy compares every tensor of the graph between ONNX Runtime and TensorRT.
+
+    Raises:
+        TargetExistsError, UnsupportedError: as `require_dump`.
+        StorageError, NoSpaceError: `target` cannot be written.
+    """
+    require_dump(manifest, target)
+    polygraphy = import_module("polygraphy.json")
+    graph, feed = _decoder_inputs(manifest, divergence)
+    model = onnx.load(bundle / graph.file, load_external_data=False)
+    weights = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+    with publish_directory(target) as staging:
+        (staging / "model.onnx").write_bytes(onnx.inliner.inline_local_functions(model).SerializeToString())
+        for name in weights:
+            shutil.copyfile(bundle / name, staging / name)  # onnx refuses links
+        polygraphy.save_json([{name: tensor.numpy() for name, tensor in feed.items()}], str(staging / "inputs.json"))
+    where, inputs = (shlex.quote(str(target / name)) for name in ("model.onnx", "inputs.json"))
+    sides = "--onnxrt --trt --onnx-outputs mark all --trt-outputs mark all"
+    return f"polygraphy run {where} --load-inputs {inputs} {sides}"
+
+
+def _decoder_inputs(manifest: Manifest, divergence: Divergence) -> tuple[GraphSpec, dict[str, Tensor]]:
+    """The graph that reads the forward's tokens, and its inputs by name, on the CPU (docs/bundle.md, Graphs)."""
+    n = len(divergence.tokens)
+    decoders = [g for g in manifest.graphs if g.kind == "decoder" and g.batch == 1 and g.tokens >= n]
+    graph = min(decoders, key=lambda g: g.tokens)
+    padded = [*divergence.tokens, *[0] * (graph.tokens - n)]
+    tensors = _state_tensors(manifest, divergence.state)
+    tensors |= {
+        "input_ids": torch.tensor([padded]),
+        "position_ids": tensors["position"],
+        "num_tokens": torch.tensor([n]),
+    }
+    return graph, {t.name: tensors[t.name].to(_DTYPES[t.dtype]).reshape(t.shape) for t in graph.inputs}
+
+
 def read_state(manifest: Manifest, data: bytes) -> LococoState:
     """The tensors of a saved state; its header has been checked by the runtime that wrote it."""
-    payload = memoryview(bytearray(data))[len(data) - manifest.state_bytes :]
-    tensors: dict[str, Tensor] = {}
-    offset = 0
-    for spec in manifest.state:
-        tensors[spec.name] = _view(payload[offset : offset + spec.nbytes], spec)
-        offset += spec.nbytes
+    tensors = _state_tensors(manifest, data)
     layers = range(manifest.model.num_layers)
     return LococoState(
         keys=[tensors[f"past_key_values.{i}.key"] for i in layers],
@@ -577,6 +638,17 @@ def read_state(manifest: Manifest, data: bytes) -> LococoState:
         position=tensors["position"],
         logits=tensors["logits"],
     )
+
+
+def _state_tensors(manifest: Manifest, data: bytes) -> dict[str, Tensor]:
+    payload = memoryview(bytearray(data))[len(data) - manifest.state_bytes :]
+    tensors: dict[str, Tensor] = {}
+    offset = 0
+    for spec in manifest.state:
+        view = torch.frombuffer(payload[offset : offset + spec.nbytes], dtype=_DTYPES[spec.dtype])
+        tensors[spec.name] = view.reshape(spec.shape)
+        offset += spec.nbytes
+    return tensors
 
 
 def to_device(state: LococoState, device: torch.device, copy: bool = False) -> LococoState:
@@ -591,11 +663,6 @@ def to_device(state: LococoState, device: torch.device, copy: bool = False) -> L
         move(state.scores),
         *move([state.length, state.position, state.logits]),
     )
-
-
-def _view(data: memoryview, spec: TensorSpec) -> Tensor:
-    dtypes = {**TORCH_DTYPES, "int32": torch.int32, "int64": torch.int64}
-    return torch.frombuffer(data, dtype=dtypes[spec.dtype]).reshape(spec.shape)
 
 
 def _distance(ours: tuple[Tensor, Tensor], theirs: FusedSlots) -> float:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import pytest
 import torch
 from lococo_bench.measure import at_position
 from lococo_runtime import InvalidArgumentError, LococoConfig, NotFoundError, Session
+from safetensors.torch import load_file
 from tiny_models import edit_tensors, make_model, random_heads, small_cache
 
 from lococo_export import export_bundle, load_checkpoint
@@ -20,7 +26,7 @@ from lococo_export.checkpoints import Checkpoint, save_heads
 from lococo_export.cli import verify_main
 from lococo_export.reference import FusedSlots, ReferenceModel, ReferenceSession, fuse_slots, select
 from lococo_export.selection import taken_selection
-from lococo_export.verify import Report, Tolerance, perplexities, verify_bundle
+from lococo_export.verify import Divergence, Report, Tolerance, dump_forward, perplexities, verify_bundle
 
 STEPS = 40
 
@@ -260,6 +266,25 @@ def test_selections_beyond_rounding_are_an_error(bundle: Path, checkpoint: Check
 # --- perplexity ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_polygraphy_runs_the_forward_that_is_dumped(bundle: Path, tmp_path: Path, count: int) -> None:
+    pytest.importorskip("polygraphy", reason="polygraphy is missing: pip install 'lococo-export[tensorrt]'")
+    with Session(bundle) as session:
+        session.prefill(tokens(19))
+        state, ids = session.state(), tokens(count, seed=1)
+        expected = session.prefill(ids, return_all=False)
+        manifest = session.model.manifest
+    divergence = Divergence(19 + count, "forward", "logits", "", (), state, tuple(ids))
+    command = dump_forward(bundle, manifest, divergence, tmp_path / "for polygraphy").replace(" --trt ", " ")
+    arguments = shlex.split(command.split(" --trt-outputs")[0])[1:]
+    outputs = tmp_path / "outputs.json"
+    polygraphy = [sys.executable, "-c", "import sys; from polygraphy.tools import main; sys.exit(main())"]
+    subprocess.run([*polygraphy, *arguments, "--save-outputs", str(outputs)], check=True, capture_output=True)
+    [found] = import_module("polygraphy.comparator").RunResults.load(str(outputs))[0][1]
+    np.testing.assert_allclose(found["logits"][0], expected, rtol=0, atol=1e-5)  # marked tensors forbid merging nodes
+    assert len(found) > 100  # not the outputs alone
+
+
 def test_perplexity_is_that_of_the_tokens(bundle: Path, checkpoint: Checkpoint) -> None:
     ids = tokens(100)
     reference = ReferenceModel(checkpoint)
@@ -296,3 +321,18 @@ def test_command(bundle: Path, checkpoint: Checkpoint, capsys: pytest.CaptureFix
     assert "agrees" in out
     assert verify_main([*command, "--device", "cuda:0", "--backend", "onnxruntime2"]) == 1
     assert "onnxruntime2" in capsys.readouterr().err
+
+
+def test_command_dumps_what_diverges(
+    bundle: Path, checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("polygraphy", reason="polygraphy is missing: pip install 'lococo-export[tensorrt]'")
+    shutil.copytree(checkpoint.source_dir, tmp_path / "other")
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_tensors(tmp_path / "other", {name: -load_file(tmp_path / "other" / "model.safetensors")[name]})
+    command = [str(bundle), "--model", str(tmp_path / "other"), "--prefill", "20", "--steps", "20"]
+    assert verify_main([*command, "--dump", str(tmp_path / "dump")]) == 1
+    assert f"polygraphy run {tmp_path / 'dump' / 'model.onnx'}" in capsys.readouterr().out
+    assert (tmp_path / "dump" / "inputs.json").exists()
+    assert verify_main([*command, "--dump", str(tmp_path / "dump")]) == 1
+    assert "already exists; choose another directory" in capsys.readouterr().err
