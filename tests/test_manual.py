@@ -365,7 +365,7 @@ def check_command(words: list[str], where: str) -> None:
             flags = [word.partition("=")[0] for word in arguments if re.match(r"--?[a-z]", word)]
             assert [flag for flag in flags if f'"{flag}"' not in source] == [], where
         else:
-            known = (*TOOLS, "cd", "export", "pytest", "source")
+            known = (*TOOLS, "cd", "export", "polygraphy", "pytest", "source")
             assert "/" in program or shutil.which(program) or program in known, where
 
 
