@@ -25,11 +25,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def perplexity(rows: list[dict[str, Any]]) -> str:
-    """A line a policy, regime and kind of text; a column a context."""
+    """A line a policy, regime, size of blocks and kind of text; a column a context."""
     contexts = sorted({r["context"] for r in rows})
-    keys = list(dict.fromkeys((r["job"], r["policy"], r["mem_size"], r["regime"], r["kind"]) for r in rows))
-    keys.sort(key=lambda k: (k[4] != "prose", k[2], k[3]))
-    found = {(r["job"], r["policy"], r["mem_size"], r["regime"], r["kind"], r["context"]): r for r in rows}
+    several = len({r["block_size"] for r in rows}) > 1
+
+    def key(r: dict[str, Any]) -> tuple[str, str, int, str, str]:
+        read = f"blocks of {r['block_size']}" if several and r["regime"] == "block" else r["regime"]
+        return r["job"], r["policy"], r["mem_size"], read, r["kind"]
+
+    keys = sorted(dict.fromkeys(map(key, rows)), key=lambda k: (k[4] != "prose", k[2], k[3]))
+    found = {(*key(r), r["context"]): r for r in rows}
     lines = []
     for job, policy, m, regime, kind in keys:
         cells = [found.get((job, policy, m, regime, kind, c)) for c in contexts]
@@ -40,9 +45,11 @@ def perplexity(rows: list[dict[str, Any]]) -> str:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> str:
-    """Every cell against the better baseline: how much of its gap to the full cache is closed."""
+    """Every cell against the better baseline: how much of its gap to the full cache is closed; steps against blocks."""
     at = {(r["policy"], r["mem_size"], r["regime"], r["kind"], r["context"]): r["perplexity"]
           for r in rows if r["job"] == "baselines"}  # fmt: skip
+    blocks = {(r["job"], r["kind"], r["context"]): r["perplexity"]
+              for r in rows if r["policy"] == "lococo" and r["regime"] == "block"}  # fmt: skip
     lines = []
     for r in rows:
         key = (r["mem_size"], r["regime"], r["kind"], r["context"])
@@ -52,10 +59,13 @@ def verdicts(rows: list[dict[str, Any]]) -> str:
         full = at["full", 0, "block", r["kind"], r["context"]]
         closed = (best - r["perplexity"]) / (best - full)
         verdict = "better than both" if r["perplexity"] < best else "FAILS"
+        block = blocks.get((r["job"], r["kind"], r["context"])) if r["regime"] == "step" else None
         lines.append([r["job"], r["kind"], str(r["mem_size"]), r["regime"], f"{r['context']:,}", f"{full:.3f}",
-                      f"{best:.3f}", f"{r['perplexity']:.3f}", f"{closed:+.0%}", verdict])  # fmt: skip
+                      f"{best:.3f}", f"{r['perplexity']:.3f}", f"{closed:+.0%}", verdict,
+                      f"{r['perplexity'] / block - 1:+.1%}" if block else ""])  # fmt: skip
     lines.sort(key=lambda line: (line[0], line[1] != "prose", line[3], int(line[4].replace(",", ""))))
-    head = ["heads", "text", "M", "read", "context", "full", "better baseline", "lococo", "gap closed", ""]
+    head = ["heads", "text", "M", "read", "context", "full", "better baseline", "lococo", "gap closed", "",
+            "against blocks"]  # fmt: skip
     return table(head, lines) if lines else ""
 
 
@@ -154,8 +164,7 @@ def stages(documents: dict[str, Any]) -> str:
 
 def run_tables(folder: Path) -> str:
     documents = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
-    shared = documents.get("baselines", {}).get("also_from")  # another run that measured them on the same windows
-    if shared:
+    for shared in documents.get("baselines", {}).get("also_from", []):  # runs that measured them on the same windows
         other = json.loads((folder.parent / shared / "baselines.json").read_text(encoding="utf-8"))
         for key in ("perplexity", "passkey", "ruler"):
             mine = documents["baselines"].setdefault(key, [])

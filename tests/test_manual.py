@@ -58,7 +58,8 @@ OTHER_FLAGS = {"--lococo-update-baseline", "--onnxruntime"}  # of pytest, and of
 SMALLER = {
     "lococo-verify": "--prefill 64 --steps 20 --perplexity 0",
     "lococo-bench": "-p 16 -n 4 -r 1 --depth-by position",
-    "lococo-fit": "--steps 2 --context 96 --batch 2 --mem-size 24 --local-len 8 --block-size 16 --bptt 1 --warmup 1",
+    "lococo-fit": "--steps 2 --context 96 --batch 2 --mem-size 24 --local-len 8 --block-size 16 --bptt 1 --warmup 1"
+    " --decode-blocks 0 --decode-fusions 1 --hh-keep-rate 0.5",
     "scripts/demo": "--tokens 2048 --max-tokens 8",
     "lococo-eval": "--contexts 64 96 --windows 1",
 }
