@@ -6,11 +6,10 @@ A plan has a table of settings of lococo-fit for all jobs, and jobs: `[[job]] na
 Each stage fits with its settings from the heads of the stage before, for its `steps`, or else for its share of the
 seconds: then steps are counted from a measurement before it, and what came out can be repeated with that number. A job
 with a list `sweep` measures selections without fusion, on documents of the training part, so that the choice among them
-has not seen the held-out ones. A job with neither measures the fitted checkpoint that `heads` names, and the baselines of
-its `mem_sizes`.
-Every figure is written to the folder of --out as soon as it is there: to a JSON file named after the job, and the heads
-to a folder of that name. Jobs use a device one after the other; with --parallel 2 the next one loads meanwhile.
---share lets them use it at once. With --devices 4 they spread over four GPUs.
+has not seen the held-out ones. A job with neither measures the fitted checkpoint that `heads` names, and the baselines
+of its `mem_sizes`. Every figure is written to the folder of --out as soon as it is there: to a JSON file named after
+the job, and the heads to a folder of that name. Jobs use a device one after the other; with --parallel 2 the next one
+loads meanwhile. --share lets them use it at once. With --devices 4 they spread over four GPUs.
 """
 
 from __future__ import annotations
