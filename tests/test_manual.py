@@ -8,6 +8,7 @@ Python names. A comment before a fence, which readers do not see, may say:
                            "needs a GPU": it runs in the part manual of scripts/gpu_host
                            "needs onnxruntime-gpu": there too, if its ONNX Runtime has the CUDA provider
                            "needs SmolLM2": it runs in the repository, where scripts/test has set it up
+                           "needs peft": it runs where that is installed
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -378,6 +380,8 @@ def why_not(fence: Fence) -> str:
                 return f"needs {tool}"
     if fence.reason in GPU_REASONS and GPU_BUNDLES:
         return "" if fence.reason == "needs a GPU" or has_cuda_provider() else fence.reason
+    if fence.reason == "needs peft" and importlib.util.find_spec("peft"):
+        return ""
     if fence.reason == "needs SmolLM2":
         wanted = (".cache/models/SmolLM2-135M-Instruct", ".cache/texts/persuasion.txt", ".venv/lococo-installed")
         return "" if all((ROOT / path).exists() for path in wanted) else "needs SmolLM2 and the text: run scripts/demo"
