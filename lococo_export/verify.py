@@ -20,7 +20,7 @@ import onnx.inliner
 import torch
 import torch.nn.functional as F
 from lococo_runtime import ConfigError, InvalidArgumentError, LococoError, Session, TargetExistsError, UnsupportedError
-from lococo_runtime.bundle import GraphSpec, Manifest, publish_directory
+from lococo_runtime.bundle import WEIGHTS_NAME, GraphSpec, Manifest, publish_directory
 from torch import Tensor
 
 from .checkpoints import Checkpoint, load_checkpoint
@@ -364,7 +364,7 @@ class _Comparison:
         self.session, self.reference, self.report, self.free_running = session, reference, report, free_running
         self.manifest = session.model.manifest
 
-    def forward(self, piece: list[int], following: Sequence[int] = (), columns: bool = False) -> _Outcome:
+    def forward(self, piece: Sequence[int], following: Sequence[int] = (), columns: bool = False) -> _Outcome:
         """Reads `piece` on both sides and compares; with `columns` the new columns of all layers too.
 
         Where the bundle's state was looked at, the reference takes it over, unless it runs free.
@@ -555,7 +555,7 @@ def _ask(third: Callable[[], Session], comparison: _Comparison, divergence: Dive
             session.set_state(divergence.state)
             comparison.reference.take_over(read_state(comparison.manifest, divergence.state))
             again = _Comparison(session, comparison.reference, Report(comparison.report.tolerance))
-            outcome = again.forward(list(divergence.tokens), columns=True)
+            outcome = again.forward(divergence.tokens, columns=True)
     except LococoError as e:
         finding = f"another backend could not be asked: {e}"
         return dataclasses.replace(divergence, findings=(*divergence.findings, finding))
@@ -600,11 +600,9 @@ def dump_forward(bundle: Path, manifest: Manifest, divergence: Divergence, targe
     polygraphy = import_module("polygraphy.json")
     graph, feed = _decoder_inputs(manifest, divergence)
     model = onnx.load(bundle / graph.file, load_external_data=False)
-    weights = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
     with publish_directory(target) as staging:
         (staging / "model.onnx").write_bytes(onnx.inliner.inline_local_functions(model).SerializeToString())
-        for name in weights:
-            shutil.copyfile(bundle / name, staging / name)  # onnx refuses links
+        shutil.copyfile(bundle / WEIGHTS_NAME, staging / WEIGHTS_NAME)  # onnx refuses links
         polygraphy.save_json([{name: tensor.numpy() for name, tensor in feed.items()}], str(staging / "inputs.json"))
     where, inputs = (shlex.quote(str(target / name)) for name in ("model.onnx", "inputs.json"))
     sides = "--onnxrt --trt --onnx-outputs mark all --trt-outputs mark all"

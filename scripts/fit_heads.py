@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -100,6 +101,7 @@ class Measure:
         self, model: ReferenceModel, args: argparse.Namespace, record: Record, *, validation: bool = False
     ) -> None:
         self.model, self.args, self.record = model, args, record
+        self._corpus = functools.cache(self._load)  # loading hashes the texts, and every policy asks for them
         self.texts = self._of_training() if validation else self._held_out(args.context, args.windows)
 
     def _of_training(self) -> Texts:
@@ -121,7 +123,7 @@ class Measure:
             texts[kind] = corpus.read(windows, context), [corpus.names[d] for d, _ in windows]
         return texts
 
-    def _corpus(self, folder: Path) -> Corpus:
+    def _load(self, folder: Path) -> Corpus:
         size = self.model.geometry.vocab_size
         return load_corpus([folder], self.args.model, size, cache_dir=self.args.out / "tokens")
 

@@ -263,9 +263,6 @@ def test_selections_beyond_rounding_are_an_error(bundle: Path, checkpoint: Check
     assert report.divergence.tensor == "selection of layer 1"
 
 
-# --- perplexity ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("count", [1, 5])
 def test_polygraphy_runs_the_forward_that_is_dumped(bundle: Path, tmp_path: Path, count: int) -> None:
     pytest.importorskip("polygraphy", reason="polygraphy is missing: pip install 'lococo-export[tensorrt]'")
@@ -283,6 +280,9 @@ def test_polygraphy_runs_the_forward_that_is_dumped(bundle: Path, tmp_path: Path
     [found] = import_module("polygraphy.comparator").RunResults.load(str(outputs))[0][1]
     np.testing.assert_allclose(found["logits"][0], expected, rtol=0, atol=1e-5)  # marked tensors forbid merging nodes
     assert len(found) > 100  # not the outputs alone
+
+
+# --- perplexity ------------------------------------------------------------------------------------------------------
 
 
 def test_perplexity_is_that_of_the_tokens(bundle: Path, checkpoint: Checkpoint) -> None:

@@ -270,8 +270,9 @@ class _ReferenceSteps:
     """Greedy steps of the reference model, over tensors of their own; compiled ones are CUDA graphs on a GPU."""
 
     def __init__(self, torch: Any, model: ReferenceModel, compiled: bool) -> None:
-        from lococo_export.verify import to_device
+        from lococo_export.verify import copy_state, to_device
 
+        self.copy_state = copy_state
         self.torch, self.model = torch, compile_by_layer(torch, model) if compiled else model
         self.capacity, self.mem_size = model.cache.capacity, model.cache.mem_size
         self.live = 0
@@ -285,10 +286,8 @@ class _ReferenceSteps:
 
     def start(self, depth: int) -> None:
         """At a position, with as many live slots as there may be; their contents do not matter to the time."""
-        from lococo_export.verify import copy_state
-
         self.live = min(depth, self.mem_size)
-        copy_state(self.state, self.model.empty_state())
+        self.copy_state(self.state, self.model.empty_state())
         self.state.length.fill_(self.live)
         self.state.position.fill_(depth)
         self.ids.zero_()
@@ -314,8 +313,6 @@ class _ReferenceSteps:
         }
 
     def _step(self, fuse: bool) -> None:
-        from lococo_export.verify import copy_state
-
         result = self.model(self.ids, self.state, return_all=False)
-        copy_state(self.state, self.model.update(self.state, result, fuse=fuse))
+        self.copy_state(self.state, self.model.update(self.state, result, fuse=fuse))
         self.ids.copy_(result.logits.argmax(-1))

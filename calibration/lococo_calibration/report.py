@@ -83,7 +83,7 @@ def evaluate(args: argparse.Namespace, show: Show) -> Report:
     if args.text:
         rows, about = _perplexity(args, checkpoint, model, policies, block, show)
         document |= {**about, "perplexity": as_json(rows)}
-        parts += [perplexity_table(rows), *filter(None, [difference_table(rows)]), *_agreement(rows)]
+        parts += [perplexity_table(rows), difference_table(rows), *_agreement(rows)]
     if args.passkey or args.needle:
         found = _passkey(args, checkpoint, model, policies, block, show)
         document["passkey"] = as_json(found)
@@ -95,7 +95,7 @@ def evaluate(args: argparse.Namespace, show: Show) -> Report:
         from .plots import plot
 
         parts.append("\n".join(str(path) for path in plot(rows, found, args.plots)))
-    return Report("\n\n".join(parts), document)
+    return Report("\n\n".join(filter(None, parts)), document)
 
 
 def _checkpoint(args: argparse.Namespace) -> Checkpoint:
